@@ -1,0 +1,299 @@
+// The CUDA implementation: the additions of order.h, cut for a GPU. Bits do not depend on the launch shape.
+//
+//   lane_sums   a warp row by row (threadIdx.x is a lane) or 32 neighbouring outputs at once (threadIdx.x is an output):
+//               up to kPiece rows of a group -> its 32 lane sums. Lane sums are rows of 32 themselves, so the
+//               same kernel sums the lane sums of the pieces until one piece is left: the rest of the same tree.
+//   combine     the partial sums of the groups, one after the other or shuffled, one thread an output.
+//   race        the same partial sums with atomicAdd, one thread a (group, output).
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+
+#include "ops.h"
+
+namespace ordered {
+namespace {
+
+constexpr int kSegmentBlocks = 8;  // most register blocks (of 8 rows) that one thread sums
+
+// Warps in a block of lane_sums: segments of one task, or several short tasks.
+template <bool ACROSS>
+constexpr int kWarps = ACROSS ? 4 : 8;
+// Most rows of a task that one block sums.
+template <bool ACROSS>
+constexpr int64_t kPiece = int64_t(kWarps<ACROSS>) * kSegmentBlocks * kRows;
+
+constexpr int kShuffled = 64;      // most groups that a thread shuffles in its own memory; above, in the scratch tensor
+
+void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "ordered_reduce: ", cudaGetErrorString(error));
+}
+
+// A (task, row, lane) array: the terms of one group of one output, or the lane sums of its pieces.
+struct Rows {
+  int64_t tasks;             // outputs * groups; task = output * groups + group
+  int64_t inner, groups;     // to find the output and group of a task
+  int64_t outer_stride, inner_stride, term_stride;
+  int64_t terms;             // terms of an output (first pass); 0 where every task has `rows` whole rows (later passes)
+  int64_t rows;              // most rows in a task
+
+  // Where a task's terms begin, and how many there are.
+  __device__ int64_t locate(int64_t task, int64_t& size) const {
+    if (terms == 0) {
+      size = rows * kLanes;
+      return task * size;
+    }
+    const int64_t output = task / groups;
+    const Group group = Groups(terms, groups)[task % groups];
+    size = group.size;
+    return output / inner * outer_stride + output % inner * inner_stride + group.begin * term_stride;
+  }
+};
+
+// The tree over rows [first, first + 8 * blocks) of one lane; x points at the group, missing rows are -0.0.
+template <class T, class Acc>
+__device__ Acc segment(const T* x, int64_t size, int64_t stride, int lane, int64_t first, int blocks) {
+  Acc stack[4];              // kSegmentBlocks = 2^3: a binary counter in registers
+  Acc sum = Acc(-0.0f);
+#pragma unroll
+  for (int b = 0; b < kSegmentBlocks; ++b) {
+    if (b >= blocks) break;
+    Acc v[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const int64_t i = (first + b * kRows + row) * kLanes + lane;
+      v[row] = i < size ? Acc(x[i * stride]) : Acc(-0.0f);
+    }
+    sum = tree(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (b >> k & 1) {
+        sum = tree(stack[k], sum);
+      } else {
+        stack[k] = sum;
+        break;
+      }
+    }
+  }
+  return sum;                // blocks is a power of two, so the last push carried through to the whole segment
+}
+
+// Sums a piece of up to kPiece rows of every task. ACROSS: threadIdx.x is one of 32 neighbouring outputs and the lanes
+// are looped over; otherwise threadIdx.x is the lane. With one piece the lanes are added too, and out is
+// partial[group * outputs + output]; with more, out is lanes[task][piece][lane].
+template <class T, class Acc, bool ACROSS>
+__global__ void lane_sums(Rows r, const T* __restrict__ x, Acc* __restrict__ out, int64_t pieces, int segments,
+                          int blocks) {
+  __shared__ Acc shared[kWarps<ACROSS>][kLanes][ACROSS ? kLanes : 1];
+  const int64_t outputs = r.tasks / r.groups;
+  const int per_block = ACROSS ? 1 : kWarps<ACROSS> / segments;   // tasks that share a block
+  const int64_t columns = (outputs + kLanes - 1) / kLanes;
+  const int64_t jobs = (ACROSS ? columns * r.groups : (r.tasks + per_block - 1) / per_block) * pieces;
+  const int seg = threadIdx.y % segments;
+  for (int64_t job = blockIdx.x; job < jobs; job += gridDim.x) {
+    const int64_t piece = job % pieces, item = job / pieces;
+    const int64_t output = item / r.groups * kLanes + threadIdx.x;    // ACROSS only
+    const int64_t task = ACROSS ? output * r.groups + item % r.groups : item * per_block + threadIdx.y / segments;
+    const bool mine = ACROSS ? output < outputs : task < r.tasks;
+    int64_t size = 0;
+    const T* terms = x;
+    if (mine) terms += r.locate(task, size);
+    const int64_t first = piece * kPiece<ACROSS> + int64_t(seg) * blocks * kRows;
+    if (ACROSS) {
+      for (int lane = 0; lane < kLanes; ++lane)
+        shared[threadIdx.y][lane][threadIdx.x] = segment<T, Acc>(terms, size, r.term_stride, lane, first, blocks);
+    } else {
+      shared[threadIdx.y][threadIdx.x][0] = segment<T, Acc>(terms, size, r.term_stride, threadIdx.x, first, blocks);
+    }
+    for (int apart = 1; apart < segments; apart *= 2) {        // rows: neighbouring segments first
+      __syncthreads();
+      if (seg % (2 * apart) == 0)
+        for (int k = 0; k < (ACROSS ? kLanes : 1); ++k) {
+          Acc* left = ACROSS ? &shared[threadIdx.y][k][threadIdx.x] : &shared[threadIdx.y][threadIdx.x][0];
+          const Acc* right = ACROSS ? &shared[threadIdx.y + apart][k][threadIdx.x]
+                                    : &shared[threadIdx.y + apart][threadIdx.x][0];
+          *left = tree(*left, *right);
+        }
+    }
+    if (pieces == 1) {                                         // lanes: halving
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (seg != 0) continue;
+        if (ACROSS) {
+          for (int k = 0; k < half; ++k)
+            shared[threadIdx.y][k][threadIdx.x] =
+                tree(shared[threadIdx.y][k][threadIdx.x], shared[threadIdx.y][k + half][threadIdx.x]);
+        } else if (threadIdx.x < half) {
+          shared[threadIdx.y][threadIdx.x][0] =
+              tree(shared[threadIdx.y][threadIdx.x][0], shared[threadIdx.y][threadIdx.x + half][0]);
+        }
+      }
+      if (mine && seg == 0 && (ACROSS || threadIdx.x == 0))
+        out[task % r.groups * outputs + task / r.groups] = shared[threadIdx.y][0][ACROSS ? threadIdx.x : 0];
+    } else if (mine && seg == 0) {
+      for (int k = 0; k < (ACROSS ? kLanes : 1); ++k) {
+        const int lane = ACROSS ? k : threadIdx.x;
+        out[(task * pieces + piece) * kLanes + lane] = shared[threadIdx.y][lane][ACROSS ? threadIdx.x : 0];
+      }
+    }
+    __syncthreads();                                           // before the next job writes shared
+  }
+}
+
+// The partial sums, as (outer, groups, inner) with strides.
+struct Partials {
+  int64_t outputs, inner, groups;
+  int64_t outer_stride, group_stride, inner_stride;
+  __device__ int64_t at(int64_t output) const {
+    return output / inner * outer_stride + output % inner * inner_stride;
+  }
+};
+
+template <class P, class T, class Acc>
+__global__ void combine(Partials r, P* partial, T* out, bool shuffled, bool per_output, uint64_t seed, uint32_t op,
+                        const int64_t* step) {
+  const Key key{seed, uint32_t(step ? *step : 0), op};
+  for (int64_t o = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; o < r.outputs;
+       o += int64_t(gridDim.x) * blockDim.x) {
+    P* p = partial + r.at(o);
+    const uint64_t drawn_for = per_output ? uint64_t(o) : 0;
+    Acc sum;
+    if (shuffled && r.groups <= kShuffled) {
+      Acc v[kShuffled];
+      for (int g = 0; g < r.groups; ++g) v[g] = Acc(p[g * r.group_stride]);
+      shuffle(v, int(r.groups), 1, key, drawn_for);
+      sum = v[0];
+      for (int g = 1; g < r.groups; ++g) sum = sum + v[g];
+    } else {
+      if constexpr (!std::is_const_v<P>)
+        if (shuffled) shuffle(p, int(r.groups), r.group_stride, key, drawn_for);
+      sum = Acc(p[0]);
+      for (int64_t g = 1; g < r.groups; ++g) sum = sum + Acc(p[g * r.group_stride]);
+    }
+    out[o] = T(sum);
+  }
+}
+
+// Groups vary fastest over the blocks, so that the groups of one output are in flight together.
+template <class P, class Acc>
+__global__ void race(Partials r, const P* __restrict__ partial, Acc* sums) {
+  const int64_t columns = (r.outputs + blockDim.x - 1) / blockDim.x;
+  for (int64_t job = blockIdx.x; job < columns * r.groups; job += gridDim.x) {
+    const int64_t o = job / r.groups * blockDim.x + threadIdx.x;
+    if (o < r.outputs) atomicAdd(sums + o, Acc(partial[r.at(o) + job % r.groups * r.group_stride]));
+  }
+}
+
+template <class T, class Acc>
+__global__ void fill(Acc* x, int64_t n, Acc value) {
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x)
+    x[i] = value;
+}
+
+template <class T, class Acc>
+__global__ void convert(const Acc* x, T* out, int64_t n) {
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x)
+    out[i] = T(x[i]);
+}
+
+int grid(int64_t jobs) { return int(std::min<int64_t>(std::max<int64_t>(jobs, 1), 1 << 20)); }
+
+template <class T>
+struct Sum {
+  using Acc = typename AccType<T>::type;
+  const Reduction& r;
+  const Tensor& x;
+  Tensor& out;
+  cudaStream_t stream;
+
+  Tensor scratch(int64_t n) const {
+    const ScalarType type = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
+    return torch::stable::new_empty(x, {n}, type);
+  }
+
+  // Sums all rows of all tasks down to partial[group * outputs + output], in as many passes as it takes.
+  template <bool ACROSS, class In>
+  Tensor sum_rows(Rows rows, const In* in) const {
+    // A segment is a power of two of register blocks, and a task takes as many warps as it has segments.
+    const int64_t needed = (std::min(rows.rows, kPiece<ACROSS>) + kRows - 1) / kRows;
+    int segments = 1, blocks = 1;
+    while (segments < kWarps<ACROSS> && segments < needed) segments *= 2;
+    while (int64_t(segments) * blocks < needed) blocks *= 2;
+    const int64_t pieces = (rows.rows + kPiece<ACROSS> - 1) / kPiece<ACROSS>;
+    const int per_block = kWarps<ACROSS> / segments;
+    const int64_t items = ACROSS ? (r.outputs() + kLanes - 1) / kLanes * r.groups
+                                 : (rows.tasks + per_block - 1) / per_block;
+    Tensor sums = scratch(pieces == 1 ? rows.tasks : rows.tasks * pieces * kLanes);
+    Acc* to = static_cast<Acc*>(sums.mutable_data_ptr());
+    lane_sums<In, Acc, ACROSS><<<grid(items * pieces), dim3(kLanes, ACROSS ? segments : kWarps<ACROSS>), 0, stream>>>(
+        rows, in, to, pieces, segments, blocks);
+    check(cudaGetLastError());
+    if (pieces == 1) return sums;
+    rows.terms = 0, rows.rows = pieces, rows.term_stride = 1;
+    return sum_rows<false, Acc>(rows, to);
+  }
+
+  Tensor partials() const {
+    const Rows rows{r.outputs() * r.groups, r.inner, r.groups, r.outer_stride, r.inner_stride, r.term_stride, r.terms,
+                    (Groups(r.terms, r.groups).longest() + kLanes - 1) / kLanes};
+    const T* terms = static_cast<const T*>(x.const_data_ptr());
+    const bool across = r.inner_stride == 1 && r.term_stride != 1 && r.inner >= kLanes;
+    return across ? sum_rows<true>(rows, terms) : sum_rows<false>(rows, terms);
+  }
+
+  template <class P>
+  void add(const Partials& p, P* partial) const {
+    constexpr int threads = 256;
+    T* result = static_cast<T*>(out.mutable_data_ptr());
+    const int blocks = grid((p.outputs + threads - 1) / threads);
+    if (r.order != Order::atomic) {
+      combine<P, T, Acc><<<blocks, threads, 0, stream>>>(p, partial, result, r.order == Order::shuffled, r.per_output,
+                                                         r.seed, r.op, r.step);
+      check(cudaGetLastError());
+      return;
+    }
+    Tensor sums = std::is_same_v<T, Acc> ? out : scratch(p.outputs);
+    Acc* to = static_cast<Acc*>(sums.mutable_data_ptr());
+    fill<T, Acc><<<blocks, threads, 0, stream>>>(to, p.outputs, Acc(-0.0f));
+    check(cudaGetLastError());
+    race<P, Acc><<<grid((p.outputs + threads - 1) / threads * p.groups), threads, 0, stream>>>(p, partial, to);
+    check(cudaGetLastError());
+    if constexpr (!std::is_same_v<T, Acc>) {
+      convert<T, Acc><<<blocks, threads, 0, stream>>>(to, result, p.outputs);
+      check(cudaGetLastError());
+    }
+  }
+
+  void run() const {
+    if (r.groups == r.terms && (r.order != Order::shuffled || r.groups <= kShuffled)) {   // groups of one term
+      add<const T>({r.outputs(), r.inner, r.groups, r.outer_stride, r.term_stride, r.inner_stride},
+                   static_cast<const T*>(x.const_data_ptr()));
+      return;
+    }
+    Tensor sums = partials();
+    add<Acc>({r.outputs(), r.outputs(), r.groups, 0, r.outputs(), 1}, static_cast<Acc*>(sums.mutable_data_ptr()));
+  }
+};
+
+}  // namespace
+
+void sum_cuda(const Reduction& r, const Tensor& x, Tensor& out) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  void* current = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
+  const cudaStream_t stream = static_cast<cudaStream_t>(current);
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Sum<float>{r, x, out, stream}.run();
+    case ScalarType::Double: return Sum<double>{r, x, out, stream}.run();
+    case ScalarType::Half: return Sum<torch::headeronly::Half>{r, x, out, stream}.run();
+    case ScalarType::BFloat16: return Sum<torch::headeronly::BFloat16>{r, x, out, stream}.run();
+    default: STD_TORCH_CHECK(false, "sum is not implemented for this dtype");
+  }
+}
+
+}  // namespace ordered

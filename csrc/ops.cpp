@@ -1,0 +1,122 @@
+// Schema, checks and the shape work that CPU and CUDA share. Arguments are checked for their users in
+// ordered_reduce/ops.py; what is checked here protects memory.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/macros/Macros.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ops.h"
+
+namespace ordered {
+namespace {
+
+struct Axis {
+  int64_t size, stride;
+};
+
+// Joins neighbours that one stride can walk, and leaves out axes of size one.
+std::vector<Axis> merge(const std::vector<Axis>& axes) {
+  std::vector<Axis> merged;
+  for (const Axis& axis : axes) {
+    if (axis.size == 1) continue;
+    if (!merged.empty() && merged.back().stride == axis.size * axis.stride)
+      merged.back() = {merged.back().size * axis.size, axis.stride};
+    else
+      merged.push_back(axis);
+  }
+  return merged;
+}
+
+using Launch = void (*)(const Reduction&, const Tensor&, Tensor&);
+
+template <Launch launch>
+Tensor sum(const Tensor& x, std::vector<int64_t> dim, bool keepdim, const std::string& order, int64_t splits,
+           int64_t seed, const std::optional<Tensor>& step, int64_t op, const std::string& scope) {
+  std::vector<bool> reduced(x.dim(), false);
+  for (int64_t d : dim) {
+    STD_TORCH_CHECK(0 <= d && d < x.dim(), "dim out of range: ", d);
+    reduced[d] = true;
+  }
+  STD_TORCH_CHECK(splits >= 1, "splits must be at least 1, got ", splits);
+
+  Reduction r;
+  if (order == "fixed") r.order = Order::fixed;
+  else if (order == "shuffled") r.order = Order::shuffled;
+  else if (order == "atomic") r.order = Order::atomic;
+  else STD_TORCH_CHECK(false, "unknown order: ", order);
+  r.per_output = scope == "output";
+  r.seed = uint64_t(seed), r.op = uint32_t(op);
+  STD_TORCH_CHECK(!step || (step->numel() == 1 && step->scalar_type() == ScalarType::Long &&
+                            step->is_cuda() == x.is_cuda() && step->get_device_index() == x.get_device_index()),
+                  "step must be one int64 on the device of x");
+  r.step = step ? static_cast<const int64_t*>(step->const_data_ptr()) : nullptr;
+
+  std::vector<Axis> kept, terms;
+  std::vector<int64_t> sizes, order_of_axes;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (!reduced[d]) kept.push_back({x.size(d), x.stride(d)}), order_of_axes.push_back(d);
+    if (!reduced[d] || keepdim) sizes.push_back(reduced[d] ? 1 : x.size(d));
+  }
+  for (int64_t d = 0; d < x.dim(); ++d)
+    if (reduced[d]) terms.push_back({x.size(d), x.stride(d)}), order_of_axes.push_back(d);
+
+  Tensor out = torch::stable::new_empty(x, sizes);
+  if (out.numel() == 0) return out;
+  if (x.numel() == 0) return torch::stable::zero_(out);
+
+  // Two kept axes and one reduced axis, of any strides, are walked where they lie. Anything else is laid out first,
+  // kept axes then reduced axes, each in index order: a copy, but the same terms in the same order.
+  Tensor input = x;
+  kept = merge(kept), terms = merge(terms);
+  if (kept.size() > 2 || terms.size() > 1) {
+    input = torch::stable::contiguous(torch::stable::permute(x, order_of_axes));
+    kept.assign(1, {out.numel(), x.numel() / out.numel()});
+    terms.assign(1, {x.numel() / out.numel(), 1});
+  }
+  const Axis none = {1, 0};
+  const Axis term = terms.empty() ? none : terms[0];
+  const bool across = kept.size() == 1 && kept[0].stride == 1 && term.stride != 1;   // neighbours are other outputs
+  const Axis inner = kept.size() == 2 ? kept[1] : across ? kept[0] : none;
+  const Axis outer = kept.size() == 2 || (kept.size() == 1 && !across) ? kept[0] : none;
+  r.outer = outer.size, r.outer_stride = outer.stride;
+  r.inner = inner.size, r.inner_stride = inner.stride;
+  r.terms = term.size, r.term_stride = term.stride;
+  r.groups = std::min(splits, r.terms);   // a group without terms has nothing to add
+  launch(r, input, out);
+  return out;
+}
+
+bool cuda_built() {
+#ifdef ORDERED_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+}  // namespace ordered
+
+STABLE_TORCH_LIBRARY(ordered_reduce, m) {
+  m.def("sum(Tensor x, int[] dim, bool keepdim, str order, int splits, int seed, Tensor? step, int op, str scope)"
+        " -> Tensor");
+  m.def("cuda_built() -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CompositeExplicitAutograd, m) {
+  m.impl("cuda_built", TORCH_BOX(&ordered::cuda_built));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CPU, m) {
+  m.impl("sum", TORCH_BOX(&ordered::sum<ordered::sum_cpu>));
+}
+
+#ifdef ORDERED_CUDA
+STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CUDA, m) {
+  m.impl("sum", TORCH_BOX(&ordered::sum<ordered::sum_cuda>));
+}
+#endif

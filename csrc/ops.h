@@ -1,0 +1,45 @@
+// One reduction, as ops.cpp hands it to cpu.cpp or cuda.cu.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "order.h"
+
+namespace ordered {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Order { fixed, shuffled, atomic };
+
+// x is seen as (outer, terms, inner) with any strides; out[o * inner + i] = sum over t of
+// x[o * outer_stride + t * term_stride + i * inner_stride].
+struct Reduction {
+  int64_t outer, terms, inner;
+  int64_t outer_stride, term_stride, inner_stride;
+  int64_t groups;
+  Order order;
+  bool per_output;         // scope "output"; otherwise "tensor"
+  uint64_t seed;
+  uint32_t op;
+  const int64_t* step;     // on the device of x; null means 0
+
+  int64_t outputs() const { return outer * inner; }
+};
+
+// out is contiguous and not empty, terms > 0.
+void sum_cpu(const Reduction& r, const Tensor& x, Tensor& out);
+void sum_cuda(const Reduction& r, const Tensor& x, Tensor& out);
+
+// Half types accumulate in float.
+template <class T>
+struct AccType {
+  using type = float;
+};
+template <>
+struct AccType<double> {
+  using type = double;
+};
+
+}  // namespace ordered

@@ -1,0 +1,75 @@
+"""Builds ordered_reduce/_C: with the CUDA kernels where PyTorch and nvcc can build them, else for the CPU alone.
+
+ORDERED_REDUCE_CUDA=0 leaves the CUDA kernels out, =1 makes their absence an error. TORCH_CUDA_ARCH_LIST chooses the
+targets, "8.0;9.0+PTX" unless set.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+from setuptools import setup
+
+
+def toolkit():
+    """The folder of the CUDA toolkit, or None. nvcc on PATH may be a wrapper, so nvcc itself is asked where it lives."""
+    if os.environ.get("CUDA_HOME"):
+        return os.environ["CUDA_HOME"]
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        return None
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return os.path.realpath(top.group(1)) if top else None
+
+
+home = toolkit()
+if home:
+    os.environ["CUDA_HOME"] = home   # read by torch.utils.cpp_extension when it is imported
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+
+import torch  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+wanted = os.environ.get("ORDERED_REDUCE_CUDA", "auto")
+missing = ("nvcc was not found" if home is None else
+           "this PyTorch is built without CUDA" if torch.version.cuda is None else
+           "ORDERED_REDUCE_CUDA=0" if wanted == "0" else None)
+if missing and wanted == "1":
+    sys.exit(f"ORDERED_REDUCE_CUDA=1, but {missing}")
+cuda = missing is None
+
+# No contraction of a*b+c and no fast-math: the additions written in order.h are the additions performed.
+# TORCH_TARGET_VERSION keeps to the stable ABI of PyTorch 2.11, whatever PyTorch this is built against.
+target = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-std=c++20", "-O3"]
+flags = {"cxx": [*target, "-ffp-contract=off", *(["-DUSE_CUDA", "-DORDERED_CUDA"] if cuda else [])],
+         "nvcc": [*target, "-DUSE_CUDA", "-DORDERED_CUDA", "-fmad=false"]}
+extension = (CUDAExtension if cuda else CppExtension)(
+    "ordered_reduce._C",
+    ["ops.cpp", "cpu.cpp", *(["cuda.cu"] if cuda else [])],
+    depends=["order.h", "ops.h"],
+    extra_compile_args=flags,
+    py_limited_api=True,
+)
+
+
+class Build(BuildExtension):
+    def run(self):
+        super().run()
+        if cuda:
+            note = f"built with CUDA kernels for {os.environ['TORCH_CUDA_ARCH_LIST']} (toolkit {home})"
+        else:
+            note = f"CPU-ONLY BUILD, because {missing}. CUDA tensors will raise an error."
+        line = "=" * (len(note) + 16)
+        text = f"\n{line}\nordered_reduce: {note}\n{line}\n"
+        print(text, file=sys.stderr)
+        try:   # pip hides a build's output; the terminal shows it all the same
+            with open("/dev/tty", "w") as terminal:
+                terminal.write(text)
+        except OSError:
+            pass
+
+
+setup(ext_modules=[extension], cmdclass={"build_ext": Build})
