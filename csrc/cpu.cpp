@@ -124,7 +124,7 @@ struct Sum {
 
   Sum(const Reduction& r, const Tensor& x, Tensor& out)
       : r(r), x(static_cast<const T*>(x.const_data_ptr())), out(static_cast<T*>(out.mutable_data_ptr())),
-        key{r.seed, uint32_t(r.step ? *r.step : 0), r.op}, groups(r.terms, r.groups),
+        key{r.seed, r.step, r.op}, groups(r.terms, r.groups),
         lane_count(std::min(kLanes, next_power_of_two(groups.longest()))) {
     across = r.inner_stride == 1 && r.inner > 1;
     tile = across ? int(std::min<int64_t>(r.inner, groups.longest() == 1 ? kWidest : 256)) : 16;

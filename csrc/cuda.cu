@@ -155,9 +155,9 @@ struct Partials {
 };
 
 template <class P, class T, class Acc>
-__global__ void combine(Partials r, P* partial, T* out, bool shuffled, bool per_output, uint64_t seed, uint32_t op,
-                        const int64_t* step) {
-  const Key key{seed, uint32_t(step ? *step : 0), op};
+__global__ void combine(Partials r, P* partial, T* out, bool shuffled, bool per_output, Key key,
+                        const int64_t* device_step) {
+  if (device_step) key.step = uint32_t(*device_step);
   for (int64_t o = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; o < r.outputs;
        o += int64_t(gridDim.x) * blockDim.x) {
     P* p = partial + r.at(o);
@@ -253,7 +253,7 @@ struct Sum {
     const int blocks = grid((p.outputs + threads - 1) / threads);
     if (r.order != Order::atomic) {
       combine<P, T, Acc><<<blocks, threads, 0, stream>>>(p, partial, result, r.order == Order::shuffled, r.per_output,
-                                                         r.seed, r.op, r.step);
+                                                         Key{r.seed, r.step, r.op}, r.device_step);
       check(cudaGetLastError());
       return;
     }

@@ -50,10 +50,18 @@ Tensor sum(const Tensor& x, std::vector<int64_t> dim, bool keepdim, const std::s
   else STD_TORCH_CHECK(false, "unknown order: ", order);
   r.per_output = scope == "output";
   r.seed = uint64_t(seed), r.op = uint32_t(op);
-  STD_TORCH_CHECK(!step || (step->numel() == 1 && step->scalar_type() == ScalarType::Long &&
-                            step->is_cuda() == x.is_cuda() && step->get_device_index() == x.get_device_index()),
-                  "step must be one int64 on the device of x");
-  r.step = step ? static_cast<const int64_t*>(step->const_data_ptr()) : nullptr;
+  r.step = 0, r.device_step = nullptr;
+  if (step) {
+    STD_TORCH_CHECK(step->numel() == 1 && step->scalar_type() == ScalarType::Long, "step must be one int64");
+    const int64_t* value = static_cast<const int64_t*>(step->const_data_ptr());
+    if (step->is_cpu()) {
+      r.step = uint32_t(*value);
+    } else {
+      STD_TORCH_CHECK(step->is_cuda() == x.is_cuda() && step->get_device_index() == x.get_device_index(),
+                      "step must be on the CPU or on the device of x");
+      r.device_step = value;
+    }
+  }
 
   std::vector<Axis> kept, terms;
   std::vector<int64_t> sizes, order_of_axes;

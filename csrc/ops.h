@@ -22,8 +22,8 @@ struct Reduction {
   Order order;
   bool per_output;         // scope "output"; otherwise "tensor"
   uint64_t seed;
-  uint32_t op;
-  const int64_t* step;     // on the device of x; null means 0
+  uint32_t step, op;
+  const int64_t* device_step;   // where step stands on the device of x; null: it is known here
 
   int64_t outputs() const { return outer * inner; }
 };

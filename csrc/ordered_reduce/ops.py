@@ -1,6 +1,117 @@
-import glob, os, torch
-torch.ops.load_library(glob.glob(os.path.join(os.path.dirname(__file__), "_C*.so"))[0])
-def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=None, op=0, scope="output"):
-    dim = list(range(x.ndim)) if dim is None else [dim]
-    return torch.ops.ordered_reduce.sum(x, dim, keepdim, order, splits, seed, step, op, scope)
-def cuda_built(): return torch.ops.ordered_reduce.cuda_built()
+"""`sum` with the order of additions as an argument. The definition of every order stands in ../order.h."""
+
+import importlib.machinery
+import pathlib
+
+import torch
+
+ORDERS = ("fixed", "shuffled", "atomic")
+SCOPES = ("output", "tensor")
+MOST_SHUFFLED = 1 << 18   # 16 bits of the Philox counter number its 4-word blocks
+
+_built = [path for path in sorted(pathlib.Path(__file__).parent.glob("_C.*"))
+          if path.name.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))]
+if not _built:
+    raise ImportError("ordered_reduce is not compiled: run `pip install -e csrc` in the environment that has PyTorch")
+torch.ops.load_library(_built[0])
+
+
+def cuda_built():
+    """True where the CUDA kernels were compiled in."""
+    return torch.ops.ordered_reduce.cuda_built()
+
+
+def check_order(order, splits, seed, op, scope, orders=ORDERS):
+    """Raises ValueError naming the argument, its value and what would be valid."""
+    if order not in orders:
+        raise ValueError(f"order must be one of {', '.join(orders)}; got {order!r}")
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {', '.join(SCOPES)}; got {scope!r}")
+    if splits < 1:
+        raise ValueError(f"splits must be at least 1; got {splits}")
+    if order == "shuffled" and splits > MOST_SHUFFLED:
+        raise ValueError(f"splits must be at most {MOST_SHUFFLED} with order='shuffled'; got {splits}")
+    if not 0 <= op < 1 << 32:
+        raise ValueError(f"op must lie in [0, 2**32); got {op}")
+    if not -1 << 63 <= seed < 1 << 63:
+        raise ValueError(f"seed must be a signed 64-bit integer; got {seed}")
+
+
+def _dims(dim, ndim):
+    if dim is None or dim == ():
+        return list(range(ndim))
+    dims, low, high = [], -max(ndim, 1), max(ndim, 1) - 1
+    for d in [dim] if isinstance(dim, int) else list(dim):
+        if not low <= d <= high:
+            raise IndexError(f"Dimension out of range (expected to be in range of [{low}, {high}], but got dim={d})")
+        d = d % max(ndim, 1)
+        if d in dims:
+            raise RuntimeError(f"dim={d} appears multiple times in the list of dims {dim}")
+        dims.append(d)
+    return dims if ndim else []
+
+
+def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, op=0, scope="output"):
+    """Sum of x over dim, with the order of the additions as an argument.
+
+    The terms of one output, in index order, are cut into `splits` consecutive groups as torch.tensor_split cuts them
+    (fewer where there are fewer terms). Each group is summed by a fixed pairwise tree; then the groups' partial sums
+    are added one after the other:
+
+      fixed      in index order. The same bits in every run, on any device, with any threads, strides or shape around.
+      shuffled   in a random permutation, a function of (seed, step, op) and, with scope "output", of the position of
+                 the output in the result; with scope "tensor" all outputs share one permutation. The same bits for
+                 the same arguments, on any device.
+      atomic     as hardware gets to them: atomicAdd on CUDA, threads racing on the CPU. Not repeatable, on purpose.
+
+    Args:
+      x: floating-point tensor of any shape and strides. float16 and bfloat16 are accumulated in float32 and rounded
+        once. A sum of nothing is 0; NaN and infinity propagate.
+      dim: int, tuple of ints, or None for all dimensions, as in torch.sum.
+      keepdim: keep the summed dimensions with size 1.
+      splits: G, the number of groups; 2 cannot make noise (a + b = b + a), from 3 on it grows as about sqrt(G).
+      seed, step, op: 64-bit, 32-bit, 32-bit keys of the permutation. step may be a one-element int64 tensor, on the
+        CPU or the device of x, so that a captured or compiled program can advance it.
+      scope: "output" or "tensor".
+
+    Returns the sum, with the dtype and device of x. The error is at most
+    gamma(ceil(log2(longest group)) + G - 1) * sum(|x|), gamma(k) = k u / (1 - k u): pairwise summation's, then the
+    G - 1 ordered additions (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 4.2).
+
+    Raises TypeError where x is no tensor, NotImplementedError for its dtype, IndexError for dim, ValueError for order,
+    splits, seed, op or scope, RuntimeError for a step on another device, or for a CUDA tensor where the CUDA kernels
+    were not built.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"sum(): argument 'x' must be Tensor, not {type(x).__name__}")
+    if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        raise NotImplementedError(f"ordered_reduce.sum is not implemented for x of dtype {x.dtype}: give it a floating-"
+                                  "point tensor (float32, float64, float16 or bfloat16)")
+    check_order(order, splits, seed, op, scope)
+    if x.is_cuda and not cuda_built():
+        raise RuntimeError("ordered_reduce was built for the CPU alone, but x is on CUDA: put nvcc on PATH (or set "
+                           "CUDA_HOME) and run `pip install -e csrc --force-reinstall --no-deps`")
+    if isinstance(step, torch.Tensor):
+        if step.device.type != "cpu" and step.device != x.device:
+            raise RuntimeError("Expected all tensors to be on the same device, but found step on "
+                               f"{step.device} and x on {x.device}")
+    else:
+        step = torch.full((), step, dtype=torch.int64) if order == "shuffled" else None
+    return torch.ops.ordered_reduce.sum(x, _dims(dim, x.ndim), keepdim, order, splits, seed, step, op, scope)
+
+
+@torch.library.register_fake("ordered_reduce::sum")
+def _(x, dim, keepdim, order, splits, seed, step, op, scope):
+    return x.new_empty([1 if d in dim else size for d, size in enumerate(x.shape) if keepdim or d not in dim])
+
+
+def _setup_context(ctx, inputs, output):
+    x, dim, keepdim = inputs[:3]
+    ctx.shape, ctx.kept = x.shape, [1 if d in dim else size for d, size in enumerate(x.shape)]
+
+
+def _backward(ctx, grad):   # every term has derivative 1, whatever the order
+    return grad.reshape(ctx.kept).expand(ctx.shape), *[None] * 8
+
+
+torch.library.register_autograd("ordered_reduce::sum", _backward, setup_context=_setup_context)

@@ -1,0 +1,173 @@
+"""What every experiment needs and none is about: data on the device, the run directory, checkpoints, plot style."""
+
+import csv
+import hashlib
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagefolder")
+CLASSES = {"digits": 10, "mnist": 10, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100}
+
+
+def fail(message):
+    """One line, exit status 2: bad input. The message names the argument and what would be valid."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def load_data(dataset, data_dir, image_size=None):
+    """(train images, train labels, test images, test labels, classes): uint8 (n, channels, height, width), int64.
+
+    digits (every fifth image is test) comes with this repository; the torchvision sets are read from data_dir and
+    downloaded into it where they are absent; imagefolder is any data_dir/{train,test}/<class>/ tree of images, decoded
+    once and cached beside it, resized to image_size (default: the first image's). Bad data ends the program with a line.
+    """
+    if dataset == "digits":
+        digits = np.load(pathlib.Path(__file__).parent / "data" / "digits.npz")
+        images, labels = torch.from_numpy(digits["images"])[:, None], torch.from_numpy(digits["labels"]).long()
+        test = torch.arange(len(labels)) % 5 == 4
+        return images[~test], labels[~test], images[test], labels[test], 10
+    if dataset == "imagefolder":
+        return _image_folder(pathlib.Path(data_dir), image_size)
+    from torchvision import datasets
+
+    name = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}[dataset]
+    split = []
+    for train in (True, False):
+        try:
+            data = getattr(datasets, name)(data_dir, train=train, download=True)
+        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            fail(f"argument --data-dir: {dataset} in {data_dir} is missing or damaged and could not be downloaded "
+                 f"({_line(error)}); delete damaged files, or name the folder that holds it")
+        images = torch.as_tensor(data.data)
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+        split += [images.contiguous(), torch.as_tensor(data.targets).long()]
+    return *split, CLASSES[dataset]
+
+
+def _image_folder(root, image_size):
+    from torchvision import datasets
+    from torchvision.transforms.functional import pil_to_tensor
+
+    try:
+        splits = [datasets.ImageFolder(root / part) for part in ("train", "test")]
+    except (OSError, RuntimeError) as error:
+        fail(f"argument --data-dir: imagefolder needs {root}/train/<class>/ and {root}/test/<class>/ ({_line(error)})")
+    if splits[0].classes != splits[1].classes:
+        fail(f"argument --data-dir: {root}/train and {root}/test must hold the same classes")
+    first, files = splits[0].loader(splits[0].samples[0][0]), [path for split in splits for path, _ in split.samples]
+    size = (image_size, image_size) if image_size else first.size[::-1]
+    stamp = "".join(f"{path}{os.stat(path).st_size}{os.stat(path).st_mtime_ns}" for path in files)
+    cache = root / f"imagefolder-{size[0]}x{size[1]}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.pt"
+    if cache.exists():
+        return *load_checkpoint(cache, "--data-dir")["data"], len(splits[0].classes)
+    data = []
+    for split in splits:
+        images = torch.empty((len(split), 3, *size), dtype=torch.uint8)
+        for i, (path, _) in enumerate(split.samples):
+            try:
+                images[i] = pil_to_tensor(split.loader(path).resize(size[::-1]))
+            except OSError as error:
+                fail(f"argument --data-dir: {path} is no readable image ({_line(error)})")
+        data += [images, torch.tensor(split.targets)]
+    if all((images == images[:, :1]).all() for images in data[::2]):   # grey images have one channel
+        data[::2] = [images[:, :1].contiguous() for images in data[::2]]
+    try:
+        save_atomically(cache, lambda path: torch.save({"data": data}, path))
+    except OSError:
+        print(f"note: {root} is not writable, so the decoded images are not cached", file=sys.stderr)
+    return *data, len(splits[0].classes)
+
+
+def _line(error):
+    """An exception as part of one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def save_atomically(path, write):
+    """write(temporary path), flush it to disk, rename it to path: a kill leaves the old file or the new one."""
+    temporary = pathlib.Path(f"{path}.tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    save_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def write_csv(path, rows):
+    """Tidy CSV of a list of dicts; the columns are the union of the keys, numbers have six digits, None is empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+
+    def write(temporary):
+        with open(temporary, "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in map(row.get, columns)]
+                             for row in rows)
+
+    save_atomically(path, write)
+
+
+def load_checkpoint(path, argument):
+    """torch.load of tensors and plain containers alone; one line and exit 2 where the file is no such thing."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        fail(f"argument {argument}: {path} is missing, truncated or no checkpoint ({_line(error)}); delete it to start "
+             "anew")
+
+
+def run_directory(out, default, resume):
+    """The directory of this run. A new run never writes into an old one's; --resume returns to the newest."""
+    path = pathlib.Path(out or default)
+    if resume:
+        if not out:   # default, default-2, default-3, ...
+            path = max(path.parent.glob(f"{path.name}*/config.json"), key=os.path.getmtime, default=path / "-").parent
+        if not (path / "config.json").exists():
+            fail(f"argument --resume: there is no run to continue in {path}; leave --resume out to start one")
+        return path
+    if out and (path / "config.json").exists():
+        fail(f"argument --out: {path} holds a run already; add --resume to continue it, or name another directory")
+    for number in range(2, 1 << 30):
+        try:
+            path.mkdir(parents=True, exist_ok=bool(out))
+            (path / ".writable").touch()
+            (path / ".writable").unlink()
+            return path
+        except FileExistsError if not out else ():
+            path = pathlib.Path(f"{default}-{number}")
+        except OSError as error:
+            fail(f"argument --out: cannot write into {path} ({_line(error)}); name another directory")
+
+
+def environment(device):
+    """What a result depends on besides the arguments, for config.json."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=pathlib.Path(__file__).parent,
+                                capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "device": name, "git_commit": commit}
+
+
+def plot_style():
+    """matplotlib without a display, in this project's style; returns pyplot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"figure.dpi": 120, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
+                         "axes.spines.right": False, "legend.frameon": False, "font.size": 9})
+    return plt

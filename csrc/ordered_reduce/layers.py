@@ -1,0 +1,227 @@
+"""conv2d and linear whose weight gradient is added up in a chosen order, and `convert`, which puts them into a model.
+
+The terms of a weight gradient are the samples of the batch. They are cut into G groups, PyTorch's own convolution or
+matrix product gives the G partial gradients, and `ordered_reduce.sum` adds those. Everything else (the output, the
+input's gradient) is PyTorch's; a bias gradient is summed in fixed order in every order but native.
+"""
+
+import fnmatch
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .ops import ORDERS, check_order, sum
+
+LAYER_ORDERS = (*ORDERS, "native")
+
+
+def _autocast(x, *others):
+    """x, and the other tensors or None, in the dtype that autocast asks for."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return tuple(None if t is None else t.to(dtype) for t in (x, *others))
+    return (x, *others)
+
+
+def _pair(value):
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _conv2d_weight_partials(grad, x, weight, stride, padding, dilation, groups, splits):
+    """(G, *weight.shape): the weight gradients of G consecutive groups of samples."""
+
+    def weight_gradient(grad, x, weight, groups):
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, stride, padding, dilation, False, [0, 0],
+                                                   groups, [False, True, False])[1]
+
+    batch, G = x.shape[0], min(splits, x.shape[0])
+    # A library call on a CPU costs a fifth of a millisecond whatever its size. Small partial gradients are therefore
+    # taken in one call, as a convolution whose channel groups are the groups of samples.
+    if batch % G == 0 and not x.is_cuda and grad.numel() // G * weight[0].numel() < 1 << 23:
+
+        def beside(t):
+            return t.reshape(G, batch // G, *t.shape[1:]).transpose(0, 1).reshape(batch // G, -1, *t.shape[2:])
+
+        shape_alone = weight.new_empty(G * weight.shape[0], *weight.shape[1:])   # its values are not used
+        return weight_gradient(beside(grad), beside(x), shape_alone, G * groups).view(G, *weight.shape)
+    return torch.stack([weight_gradient(g, s, weight, groups)
+                        for g, s in zip(grad.tensor_split(G), x.tensor_split(G), strict=True)])
+
+
+def _linear_weight_partials(grad, x, splits):
+    """(G, out, in): the weight gradients of G consecutive groups of samples (the first dimension)."""
+    batch, G = x.shape[0], min(splits, x.shape[0])
+    if batch % G == 0:
+        return torch.bmm(grad.reshape(G, -1, grad.shape[-1]).transpose(1, 2), x.reshape(G, -1, x.shape[-1]))
+    return torch.stack([g.reshape(-1, grad.shape[-1]).t() @ s.reshape(-1, x.shape[-1])
+                        for g, s in zip(grad.tensor_split(G), x.tensor_split(G), strict=True)])
+
+
+def _add_partials(partials, weight, order, splits, seed, step, op, scope):
+    # Under autocast the partials are half types: they are added in the weight's own precision.
+    return sum(partials.to(weight.dtype), 0, order=order, splits=splits, seed=seed, step=step, op=op, scope=scope)
+
+
+# Both backward passes are made of differentiable operations, so double backward works as it does for PyTorch's layers.
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, dilation, groups, *order):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.conv, ctx.order = (stride, padding, dilation, groups), order
+        return F.conv2d(x, weight.to(x.dtype), bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.conv
+        used, grad_x, grad_weight, grad_bias = weight.to(x.dtype), None, None, None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.aten.convolution_backward(grad, x, used, None, stride, padding, dilation, False, [0, 0],
+                                                         groups, [True, False, False])[0]
+        if ctx.needs_input_grad[1]:
+            partials = _conv2d_weight_partials(grad, x, used, stride, padding, dilation, groups, ctx.order[1])
+            grad_weight = _add_partials(partials, weight, *ctx.order)
+        if ctx.needs_input_grad[2]:
+            grad_bias = sum(grad, (0, 2, 3)).to(bias.dtype)
+        return grad_x, grad_weight, grad_bias, *[None] * 10
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, *order):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.order = order
+        return F.linear(x, weight.to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = None, None, None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight.to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _add_partials(_linear_weight_partials(grad, x, ctx.order[1]), weight, *ctx.order)
+        if ctx.needs_input_grad[2]:
+            grad_bias = sum(grad, tuple(range(grad.ndim - 1))).to(bias.dtype)
+        return grad_x, grad_weight, grad_bias, *[None] * 6
+
+
+def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, order="fixed", splits=8, seed=0,
+           step=0, op=0, scope="output"):
+    """torch.nn.functional.conv2d with the weight gradient's samples added in the given order.
+
+    x is (batch, in, height, width) or (in, height, width), weight (out, in / groups, kh, kw), padding numbers. The
+    order arguments are those of `ordered_reduce.sum`; order="native" is PyTorch's own layer. The output and its errors
+    are PyTorch's; a wrong order argument raises ValueError.
+    """
+    check_order(order, splits, seed, op, scope, LAYER_ORDERS)
+    if order == "native":
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    x, bias = _autocast(x, bias)
+    batched = x if x.ndim == 4 else x.unsqueeze(0)
+    out = _Conv2d.apply(batched, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, order, splits,
+                        seed, step, op, scope)
+    return out if x.ndim == 4 else out.squeeze(0)
+
+
+def linear(x, weight, bias=None, *, order="fixed", splits=8, seed=0, step=0, op=0, scope="output"):
+    """torch.nn.functional.linear with the weight gradient's samples added in the given order.
+
+    x is (batch, ..., in) or (in,), weight (out, in). The samples are x's first dimension. The order arguments are
+    those of `ordered_reduce.sum`; order="native" is PyTorch's own layer. A wrong one raises ValueError.
+    """
+    check_order(order, splits, seed, op, scope, LAYER_ORDERS)
+    if order == "native":
+        return F.linear(x, weight, bias)
+    x, bias = _autocast(x, bias)
+    batched = x if x.ndim > 1 else x.unsqueeze(0)
+    out = _Linear.apply(batched, weight, bias, order, splits, seed, step, op, scope)
+    return out if x.ndim > 1 else out.squeeze(0)
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d whose weight gradient follows self.policy; made by `convert`."""
+
+    def _conv_forward(self, x, weight, bias):
+        padding = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):   # as nn.Conv2d does: pad first, then none
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), 0
+        return conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups,
+                      **self.policy.arguments(self.op))
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose weight gradient follows self.policy; made by `convert`."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias, **self.policy.arguments(self.op))
+
+
+class Policy:
+    """The order of additions of a converted model's weight gradients: `convert` makes it, `step` advances it.
+
+    Attributes: order, splits, seed, scope, steps as given to `convert`; layers, the names of the converted layers;
+    count, the optimizer steps so far; now, the order in force at this step.
+    """
+
+    def __init__(self, order="fixed", splits=8, seed=0, scope="output", steps=None):
+        check_order(order, splits, seed, 0, scope, LAYER_ORDERS)
+        if steps is not None and not 0 <= steps[0] < steps[1]:
+            raise ValueError(f"steps must be (first, end) with 0 <= first < end; got {tuple(steps)}")
+        self.order, self.splits, self.seed, self.scope, self.steps = order, splits, seed, scope, steps
+        self.layers = []
+        # A tensor, not a number, so that torch.compile does not compile every step anew.
+        self._step = torch.zeros((), dtype=torch.int64)
+        self.load_state_dict({"step": 0})
+
+    def step(self):
+        """Call after each optimizer step: the next gradients are drawn for the next step."""
+        self.load_state_dict({"step": self.count + 1})
+
+    def state_dict(self):
+        return {"step": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["step"]
+        self._step.fill_(self.count)
+        inside = self.steps is None or self.steps[0] <= self.count < self.steps[1]
+        self.now = self.order if inside else "fixed"
+
+    def arguments(self, op):
+        """The keyword arguments for conv2d and linear at this step."""
+        return {"order": self.now, "splits": self.splits, "seed": self.seed, "step": self._step, "op": op,
+                "scope": self.scope}
+
+
+def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", steps=None):
+    """Gives the nn.Conv2d and nn.Linear layers of any model ordered weight gradients, in place.
+
+    Parameters, names, hooks and state_dict stay as they are. A layer that is converted already follows the new policy.
+
+    Args:
+      model: any nn.Module. Subclasses of nn.Conv2d and nn.Linear are left alone: they may compute something else.
+      order: "fixed", "shuffled", "atomic" or "native" (PyTorch's own gradient).
+      splits, seed, scope: as in `ordered_reduce.sum`; a batch smaller than splits makes fewer groups.
+      layers: glob pattern, or list of them, of layer names ("*", "stages.0.*", ["stem", "head"]). Others stay as they
+        are. A layer's op, the number its draws are keyed by, is its place among all layers of the model, whatever is
+        chosen.
+      steps: (first, end), the steps first <= step < end at which `order` is in force; "fixed" outside. None: always.
+
+    Returns the Policy; call its step() after each optimizer step. Raises ValueError for a wrong argument or where no
+    layer matches.
+    """
+    policy = Policy(order, splits, seed, scope, steps)
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    candidates = [(name, module) for name, module in model.named_modules()
+                  if type(module) in (nn.Conv2d, nn.Linear, Conv2d, Linear)]
+    for op, (name, module) in enumerate(candidates):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            module.__class__ = Conv2d if isinstance(module, nn.Conv2d) else Linear
+            module.policy, module.op = policy, op
+            policy.layers.append(name)
+    if not policy.layers:
+        names = ", ".join(name for name, _ in candidates) or "none"
+        raise ValueError(f"layers matches no layer: {layers!r}; the model's Conv2d and Linear layers are: {names}")
+    return policy

@@ -1,0 +1,29 @@
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ordered_reduce
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))   # constnet, common
+
+GPU = torch.cuda.is_available() and ordered_reduce.cuda_built()
+cuda = pytest.param("cuda", marks=pytest.mark.skipif(
+    not GPU, reason="needs a CUDA device" if ordered_reduce.cuda_built() else "ordered_reduce is a CPU-only build"))
+
+
+@pytest.fixture(params=["cpu", cuda])
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def run():
+    """run("constnet.py", "--epochs", 1, ...) -> the finished process, its output as text."""
+    def run(script, *arguments, **options):
+        return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True,
+                              timeout=600, **options)
+    return run
