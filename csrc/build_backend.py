@@ -19,4 +19,4 @@ except ImportError as error:
     sys.exit(f"ordered_reduce is built against an installed PyTorch, and none can be imported ({error}): "
              "run `pip install -r requirements.txt` first")
 
-from setuptools.build_meta import *  # noqa: E402, F403
+from setuptools.build_meta import *  # noqa: F403

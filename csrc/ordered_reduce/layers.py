@@ -35,13 +35,13 @@ def _conv2d_weight_partials(grad, x, weight, stride, padding, dilation, groups, 
         return torch.ops.aten.convolution_backward(grad, x, weight, None, stride, padding, dilation, False, [0, 0],
                                                    groups, [False, True, False])[1]
 
-    batch, G = x.shape[0], min(splits, x.shape[0])
+    batch, G = x.shape[0], max(1, min(splits, x.shape[0]))
     # A library call on a CPU costs a fifth of a millisecond whatever its size. Small partial gradients are therefore
     # taken in one call, as a convolution whose channel groups are the groups of samples.
     if batch % G == 0 and not x.is_cuda and grad.numel() // G * weight[0].numel() < 1 << 23:
 
         def beside(t):
-            return t.reshape(G, batch // G, *t.shape[1:]).transpose(0, 1).reshape(batch // G, -1, *t.shape[2:])
+            return t.reshape(G, batch // G, *t.shape[1:]).transpose(0, 1).reshape(batch // G, G * t.shape[1], *t.shape[2:])
 
         shape_alone = weight.new_empty(G * weight.shape[0], *weight.shape[1:])   # its values are not used
         return weight_gradient(beside(grad), beside(x), shape_alone, G * groups).view(G, *weight.shape)
@@ -51,9 +51,11 @@ def _conv2d_weight_partials(grad, x, weight, stride, padding, dilation, groups, 
 
 def _linear_weight_partials(grad, x, splits):
     """(G, out, in): the weight gradients of G consecutive groups of samples (the first dimension)."""
-    batch, G = x.shape[0], min(splits, x.shape[0])
+    batch, G = x.shape[0], max(1, min(splits, x.shape[0]))
+    rows = x.shape[:-1].numel() // batch if batch else 0    # of a sample
     if batch % G == 0:
-        return torch.bmm(grad.reshape(G, -1, grad.shape[-1]).transpose(1, 2), x.reshape(G, -1, x.shape[-1]))
+        return torch.bmm(grad.reshape(G, batch // G * rows, grad.shape[-1]).transpose(1, 2),
+                         x.reshape(G, batch // G * rows, x.shape[-1]))
     return torch.stack([g.reshape(-1, grad.shape[-1]).t() @ s.reshape(-1, x.shape[-1])
                         for g, s in zip(grad.tensor_split(G), x.tensor_split(G), strict=True)])
 

@@ -106,7 +106,7 @@ def _(x, dim, keepdim, order, splits, seed, step, op, scope):
 
 
 def _setup_context(ctx, inputs, output):
-    x, dim, keepdim = inputs[:3]
+    x, dim = inputs[:2]
     ctx.shape, ctx.kept = x.shape, [1 if d in dim else size for d, size in enumerate(x.shape)]
 
 

@@ -1,0 +1,286 @@
+"""constnet.py: the network is the paper's, the arms differ in the order of additions alone, and runs repeat."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+import constnet
+
+QUICK = ("--epochs", 1, "--batch-size", 200, "--splits", 4)   # 7 steps
+
+
+def network(init="abcd", **arguments):
+    torch.manual_seed(0)
+    model = constnet.Constnet(**{"channels": 3, "classes": 10, **arguments})
+    constnet.initialise(model, init)
+    return model
+
+
+def results(directory):
+    return json.loads((directory / "summary.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------- network and measures
+
+
+def test_architecture_is_the_papers():
+    model = network(widen=10)
+    blocks = [block for stage in model.stages for block in stage]
+    assert len(blocks) == 12 and [block.conv.out_channels for block in blocks] == [160] * 4 + [320] * 4 + [640] * 4
+    assert [block.conv.stride[0] for block in blocks] == [1] * 4 + [2, 1, 1, 1] * 2
+    assert [i for i, block in enumerate(blocks) if block.shortcut is not None] == [0, 4, 8]
+    assert model.stem.out_channels == 16 and model.head.in_features == 640
+    # The step at width 10 costs 144 PFLOP / (200 epochs * 50,000 images): see the count in the README of results.
+    assert sum(parameter.numel() for parameter in model.parameters()) == 16_922_858
+
+
+@pytest.mark.parametrize("channels,size", [(1, 8), (1, 28), (3, 32), (3, 65)])
+def test_any_image(channels, size):
+    assert network(channels=channels)(torch.randn(2, channels, size, size)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("init", ["", "a", "b", "c", "d", "ab", "abc", "abcd"])
+def test_parts_of_table_1(init):
+    model = network(init)
+    blocks = [block for stage in model.stages for block in stage]
+    shortcuts = [block.shortcut.weight for block in blocks if block.shortcut is not None]
+    assert all((block.conv.weight == 0).all() == ("a" in init) for block in blocks)
+    assert (model.head.weight == 0).all() == ("b" in init)
+    assert (constnet.Symmetry(model).summary()["distinct_filters"]["stem"] == 1) == ("c" in init)
+    assert ((model.stem.weight[:, :, 1, 1] == 1 / 3).all() and (model.stem.weight != 0).sum() == 16 * 3) == ("c" in init)
+    assert all((weight == 1 / weight.shape[1]).all() == ("d" in init) for weight in shortcuts)
+    for name, module in model.named_modules():            # the rest is He-normal
+        if isinstance(module, nn.Conv2d) and module.weight.unique().numel() > 2:
+            std, fan_in = module.weight.std().item(), module.weight[0].numel()
+            assert abs(std / (2 / fan_in) ** 0.5 - 1) < 5 / module.weight.numel() ** 0.5, name
+
+
+def test_constnet_passes_the_image_through():
+    """With a-d the channels of every layer are equal, and the logits 0."""
+    model, x = network(), torch.randn(4, 3, 16, 16)
+    features = model.stages(model.stem(x))
+    assert torch.equal(features, features[:, :1].expand_as(features)) and features.std() > 0.1
+    assert (model(x) == 0).all()
+
+
+def test_symmetry_measures():
+    model = network("")
+    weight = model.stages[0][0].conv.weight
+    with torch.no_grad():
+        weight.copy_(weight[:4].repeat(4, 1, 1, 1))
+        model.stem.weight.copy_(model.stem.weight[:1].expand_as(model.stem.weight))
+    symmetry = constnet.Symmetry(model)
+    symmetry.watch(0)
+    rows = [{}, {}]
+    symmetry.measure(rows[0])
+    with torch.no_grad():
+        model.stem.weight[3, 0, 0, 0] += 1
+    symmetry.watch(5)
+    symmetry.measure(rows[1])
+    symmetry.flush()
+    name = "stages.0.0.conv"
+    assert [row["distinct_filters/stem"] for row in rows] == [1, 2]
+    assert rows[0]["spread/stem"] == 0 and rows[1]["spread/stem"] > 0
+    assert symmetry.first_broken["stem"] == 5 and symmetry.first_broken[name] == 0
+    assert rows[0][f"distinct_filters/{name}"] == 4
+    numbers = weight.detach().numpy()
+    for direction, slices in (("forward", numbers.reshape(16, -1)), ("backward", numbers.swapaxes(0, 1).reshape(16, -1))):
+        pairs = np.corrcoef(slices.astype(float))[np.triu_indices(16, 1)]
+        assert abs(rows[0][f"{direction}_correlation/{name}"] - pairs.mean()) < 1e-5
+    spread = np.linalg.norm(numbers - numbers.mean(0)) / np.linalg.norm(numbers)
+    assert abs(rows[0][f"spread/{name}"] - spread) < 1e-5
+    assert rows[0]["forward_correlation/stem"] == pytest.approx(1, abs=1e-5)
+
+
+def test_normaliser_and_augmentation():
+    images = torch.randint(0, 256, (300, 3, 8, 8), dtype=torch.uint8)
+    images[:, 1] //= 4
+    x = constnet.normaliser(images)(images)
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-4, rtol=0)
+    torch.manual_seed(0)
+    new = constnet.augment(images)
+    padded = torch.nn.functional.pad(images, (1,) * 4)
+    shifts = [padded[:, :, i:i + 8, j:j + 8] for i in range(3) for j in range(3)]
+    match = torch.stack([(new == shift).flatten(1).all(1) for s in shifts for shift in (s, s.flip(3))])
+    assert match.any(0).all() and (match.sum(1) > 3).all()     # every image is one of 18, and all 18 are drawn
+
+
+@pytest.mark.parametrize("schedule,expected", [("constant", [1, 1, 1, 1]), ("step", [1, 0.2, 0.04, 0.008]),
+                                               ("cosine", [1, 0.5 * (1 + np.cos(0.3 * np.pi)), None, None])])
+def test_schedules(schedule, expected):
+    args = constnet.parse_arguments(["--schedule", schedule, "--epochs", "200", "--lr", "1"])
+    for epoch, rate in zip((0, 60, 120, 160), expected, strict=True):   # 140, 80, 40 epochs to go
+        assert rate is None or constnet.learning_rate(args, epoch) == pytest.approx(rate)
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_the_order_alone_decides(tmp_path, run):
+    done = run("constnet.py", "--order", "fixed", "shuffled", "atomic", "--epochs", 2, "--splits", 8, "--out", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    assert "distinct filters" in done.stdout and "94" not in done.stderr
+    fixed, shuffled, atomic = results(tmp_path / "a")
+    assert fixed["symmetry"]["kept"] and set(fixed["symmetry"]["distinct_filters"].values()) == {1}
+    assert fixed["symmetry"]["first_broken_step"] is None and set(fixed["symmetry"]["spread"].values()) == {0}
+    for arm in (shuffled, atomic) if torch.get_num_threads() > 1 else (shuffled,):
+        assert not arm["symmetry"]["kept"] and arm["symmetry"]["first_broken_step"] >= 1
+        assert arm["symmetry"]["first_broken_parameter"].endswith(".weight")
+        assert max(arm["symmetry"]["distinct_filters"].values()) > 16
+    with open(tmp_path / "a" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["arm"], int(row["step"])) for row in rows] == [(arm, step) for arm in ("fixed", "shuffled", "atomic")
+                                                               for step in range(45)]
+    # The arms share weights, data order and augmentation: before the symmetry can break their losses agree.
+    first = [row["train_loss"] for row in rows if row["step"] == "1"]
+    assert first[0] == first[1] == first[2]
+    before = (tmp_path / "a" / "constnet.png").read_bytes()
+    (tmp_path / "a" / "constnet.png").unlink()
+    assert run("constnet.py", "--plot-only", tmp_path / "a").returncode == 0
+    assert (tmp_path / "a" / "constnet.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("arguments", [("--order", "shuffled"), ("--order", "fixed", "--dropout", 0.1, "--mixup", 1),
+                                       ("--order", "shuffled", "--augment", "--precision", "bf16")], ids=str)
+def test_a_run_repeats_bit_for_bit(tmp_path, run, arguments):
+    hashes = []
+    for name, threads in (("a", 2), ("b", 2), ("c", 1)):
+        done = run("constnet.py", *QUICK, *arguments, "--out", tmp_path / name,
+                   env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        assert done.returncode == 0, done.stderr
+        hashes.append(results(tmp_path / name)[0]["weights_sha256"])
+    assert hashes[0] == hashes[1]
+    other = run("constnet.py", *QUICK, *arguments, "--seed", 1, "--out", tmp_path / "d")
+    assert other.returncode == 0 and results(tmp_path / "d")[0]["weights_sha256"] != hashes[0]
+
+
+def test_dropout_breaks_the_symmetry_of_the_fixed_order(tmp_path, run):
+    assert run("constnet.py", *QUICK, "--order", "fixed", "--dropout", 0.1, "--out", tmp_path / "a").returncode == 0
+    assert not results(tmp_path / "a")[0]["symmetry"]["kept"]
+
+
+def test_window_scope_and_layers_place_the_noise(tmp_path, run):
+    window = run("constnet.py", *QUICK, "--order-steps", 3, 5, "--out", tmp_path / "a")
+    assert window.returncode == 0 and results(tmp_path / "a")[0]["symmetry"]["first_broken_step"] in (4, 5)
+    scope = run("constnet.py", *QUICK, "--order-scope", "tensor", "--out", tmp_path / "b")
+    assert scope.returncode == 0 and results(tmp_path / "b")[0]["symmetry"]["kept"]
+    layer = run("constnet.py", *QUICK, "--order-layers", "stages.1.2.conv", "--out", tmp_path / "c")
+    assert layer.returncode == 0
+    assert results(tmp_path / "c")[0]["symmetry"]["first_broken_parameter"] == "stages.1.2.conv.weight"
+
+
+def test_kill_and_resume_ends_with_the_same_bits(tmp_path, run):
+    arguments = ("--order", "fixed", "shuffled", "--epochs", 6, "--batch-size", 200, "--seed", 0, 1)
+    assert run("constnet.py", *arguments, "--out", tmp_path / "whole").returncode == 0
+    command = [sys.executable, str(ROOT / "constnet.py"), *map(str, arguments), "--out", str(tmp_path / "cut")]
+    waits, kills = random.Random(0), 0
+    for attempt in range(60):
+        process = subprocess.Popen(command + ["--resume"] * (tmp_path / "cut" / "config.json").exists(),
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            _, errors = process.communicate(timeout=waits.uniform(5, 9) if attempt < 6 else 300)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            continue
+        assert process.returncode == 0, errors
+        break
+    assert kills >= 3
+    for whole, cut in zip(results(tmp_path / "whole"), results(tmp_path / "cut"), strict=True):
+        for volatile in ("wall_seconds", "images_per_second"):
+            whole.pop(volatile), cut.pop(volatile)
+        assert whole == cut
+    assert (tmp_path / "whole" / "metrics.csv").read_bytes() == (tmp_path / "cut" / "metrics.csv").read_bytes()
+
+
+def test_interrupt_keeps_the_checkpoint(tmp_path, run):
+    process = subprocess.Popen([sys.executable, str(ROOT / "constnet.py"), "--epochs", "400", "--out", str(tmp_path / "a")],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (tmp_path / "a" / "metrics.csv").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
+    assert (tmp_path / "a" / "checkpoint.pt").exists()
+
+
+def test_divergence_keeps_the_metrics(tmp_path, run):
+    done = run("constnet.py", *QUICK, "--lr", 1e30, "--out", tmp_path / "a")
+    assert done.returncode == 3 and "not finite" in done.stderr and "Traceback" not in done.stderr
+    assert len((tmp_path / "a" / "metrics.csv").read_text().splitlines()) > 2
+
+
+# ------------------------------------------------------------------------------------------------------ failing well
+
+BAD = [
+    (("--dataset", "mnits"), "--dataset.*mnits.*fashion-mnist"), (("--order", "random"), "--order.*random.*shuffled"),
+    (("--order", "fixed", "fixed"), "--order"), (("--splits", 0), "--splits.*0"), (("--splits", 65), "--splits.*65.*64"),
+    (("--dropout", 1), r"--dropout.*1\.0.*\[0, 1\)"), (("--dropout", -0.1), "--dropout"), (("--init", "abx"), "--init.*a, b, c, d"),
+    (("--order-steps", 5, 5), "--order-steps.*5, 5.*empty"), (("--order-layers", "conv9"), "--order-layers.*conv9.*stem"),
+    (("--blocks", 10), "--blocks.*10.*multiple of 3"), (("--epochs", 0), "--epochs.*0"), (("--lr", "nan"), "--lr.*nan"),
+    (("--seed", 1, 1), "--seed"), (("--device", "tpu"), "--device.*tpu"), (("--batch-size", 5000), "--batch-size.*5000.*1438"),
+    (("--precision", "tf32", "--device", "cpu"), "--precision.*tf32"), (("--schedule", "linear"), "--schedule.*linear.*cosine"),
+    (("--epochs", "many"), "--epochs.*many"), (("--colour", "red"), "--colour"), (("--momentum", 1), "--momentum"),
+    (("--dataset", "mnist", "--data-dir", "/proc/nowhere"), "--data-dir.*mnist.*/proc/nowhere"),
+    (("--dataset", "imagefolder", "--data-dir", "/nowhere"), "--data-dir.*/nowhere/train"),
+    (("--out", "/proc/nowhere"), "--out.*/proc/nowhere"), (("--plot-only", "/nowhere"), "--plot-only.*/nowhere"),
+    (("--resume", "--out", "/nowhere"), "--resume.*/nowhere"),
+]
+
+
+@pytest.mark.parametrize("arguments,named", BAD, ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "")
+def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["constnet.py"])
+    with pytest.raises(SystemExit) as stop:
+        sys.exit(constnet.main(list(map(str, arguments))))
+    message = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and len(message.splitlines()) == 1
+    import re
+    assert re.search(named, message), message
+    assert not list(tmp_path.glob("runs/constnet/*/*"))
+
+
+def test_another_configuration_and_broken_checkpoints_are_refused(tmp_path, run):
+    assert run("constnet.py", *QUICK, "--out", tmp_path / "a").returncode == 0
+    files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    again = run("constnet.py", *QUICK, "--out", tmp_path / "a")
+    other = run("constnet.py", *QUICK, "--lr", 0.2, "--resume", "--out", tmp_path / "a")
+    (tmp_path / "a" / "checkpoint.pt").write_bytes(files["checkpoint.pt"][:5000])
+    truncated = run("constnet.py", *QUICK, "--resume", "--out", tmp_path / "a")
+    (tmp_path / "a" / "checkpoint.pt").write_bytes(files["checkpoint.pt"])
+    for done, named in ((again, "--out"), (other, "--lr 0.1"), (truncated, "checkpoint.pt")):
+        assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    done = run("constnet.py", *QUICK, "--resume", "--out", tmp_path / "a")     # nothing left to do: the same results
+    assert done.returncode == 0 and (tmp_path / "a" / "summary.json").read_bytes() == files["summary.json"]
+
+
+def test_default_directories_are_numbered(tmp_path, run):
+    for _ in range(2):
+        assert run("constnet.py", *QUICK, cwd=tmp_path).returncode == 0
+    assert sorted(path.name for path in (tmp_path / "runs" / "constnet").iterdir()) == ["digits", "digits-2"]
+
+
+def test_help_names_every_argument(run):
+    text = run("constnet.py", "--help").stdout
+    for name in ("init", "dropout", "mixup", "widen", "blocks", "epochs", "lr", "momentum", "weight-decay", "batch-size",
+                 "schedule", "seed", "device", "precision", "order", "splits", "order-scope", "order-seed", "order-layers",
+                 "order-steps", "resume", "plot-only", "tensorboard", "out", "dataset", "data-dir"):
+        assert f"--{name} " in text or f"--{name}\n" in text
+    assert text.count("paper") > 8

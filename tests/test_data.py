@@ -1,0 +1,118 @@
+"""The loaders of common.py, on small files in the original formats."""
+
+import gzip
+import hashlib
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+import common
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """Writes CIFAR-10 or CIFAR-100 as its authors do, ten images a file, and tells torchvision the checksums."""
+    def write(name):
+        cls, folder = {"cifar10": (datasets.CIFAR10, "cifar-10-batches-py"), "cifar100": (datasets.CIFAR100, "cifar-100-python")}[name]
+        (tmp_path / folder).mkdir()
+        random, label = np.random.default_rng(0), "labels" if name == "cifar10" else "fine_labels"
+        contents = {}
+        for part in ("train_list", "test_list"):
+            entries = []
+            for file, _ in getattr(cls, part):
+                images = random.integers(0, 256, (10, 3072), dtype=np.uint8)
+                labels = random.integers(0, common.CLASSES[name], 10).tolist()
+                (tmp_path / folder / file).write_bytes(pickle.dumps({"data": images, label: labels}, protocol=2))
+                entries.append([file, md5(tmp_path / folder / file)])
+                contents.setdefault(part, []).append((images.reshape(10, 3, 32, 32), labels))
+            monkeypatch.setattr(cls, part, entries)
+        key = cls.meta["key"]
+        meta = tmp_path / folder / cls.meta["filename"]
+        meta.write_bytes(pickle.dumps({key: [f"class {i}" for i in range(common.CLASSES[name])]}, protocol=2))
+        monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": md5(meta)})
+        return contents, tmp_path / folder / cls.test_list[0][0]
+    return write
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar(cifar, tmp_path, name):
+    contents, _ = cifar(name)
+    images, labels, test_images, test_labels, classes = common.load_data(name, tmp_path)
+    assert classes == common.CLASSES[name] and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    for part, x, y in (("train_list", images, labels), ("test_list", test_images, test_labels)):
+        assert np.array_equal(x.numpy(), np.concatenate([pictures for pictures, _ in contents[part]]))
+        assert y.tolist() == sum((numbers for _, numbers in contents[part]), [])
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "changed"])
+def test_damaged_cifar_is_one_line(cifar, tmp_path, capsys, monkeypatch, damage):
+    _, file = cifar("cifar10")
+    monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")   # no network
+    content = file.read_bytes()
+    file.unlink() if damage == "missing" else file.write_bytes(content[:100] if damage == "truncated" else b"x" + content[1:])
+    with pytest.raises(SystemExit) as stop:
+        common.load_data("cifar10", tmp_path)
+    message = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and len(message.splitlines()) == 1
+    assert "--data-dir" in message and "cifar10" in message and str(tmp_path) in message
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_idx_files(tmp_path, name):
+    raw = tmp_path / {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}[name] / "raw"
+    raw.mkdir(parents=True)
+    expected = []
+    for part, n in (("train", 12), ("t10k", 5)):
+        images = np.random.default_rng(n).integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        labels = np.arange(n, dtype=np.uint8) % 10
+        for kind, array, magic in (("images-idx3", images, 2051), ("labels-idx1", labels, 2049)):
+            header = struct.pack(f">{1 + array.ndim}i", magic, *array.shape)
+            (raw / f"{part}-{kind}-ubyte").write_bytes(header + array.tobytes())
+            with gzip.open(raw / f"{part}-{kind}-ubyte.gz", "wb") as file:
+                file.write(header + array.tobytes())
+        expected += [images[:, None], labels]
+    got = common.load_data(name, tmp_path)
+    assert all(np.array_equal(a.numpy(), b) for a, b in zip(got[:4], expected, strict=True))
+    (raw / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03\0\0\0\x05short")
+    with pytest.raises(SystemExit) as stop:
+        common.load_data(name, tmp_path)
+    assert stop.value.code == 2
+
+
+def test_digits():
+    images, labels, test_images, test_labels, classes = common.load_data("digits", None)
+    assert images.shape == (1438, 1, 8, 8) and test_images.shape == (359, 1, 8, 8) and classes == 10
+    assert torch.cat([images, test_images]).max() == 16 and torch.cat([labels, test_labels]).bincount().min() == 174
+
+
+@pytest.mark.parametrize("mode,channels", [("RGB", 3), ("L", 1)])
+def test_image_folder(tmp_path, capsys, mode, channels):
+    random = np.random.default_rng(0)
+    for part, n in (("train", 6), ("test", 3)):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = random.integers(0, 256, (12, 10, 3)[: 3 if mode == "RGB" else 2], dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
+    images, labels, test_images, test_labels, classes = common.load_data("imagefolder", tmp_path)
+    assert images.shape == (12, channels, 12, 10) and test_images.shape == (6, channels, 12, 10) and classes == 2
+    assert labels.tolist() == [0] * 6 + [1] * 6
+    last = np.asarray(Image.open(tmp_path / "test" / "dog" / "2.png")).reshape(12, 10, channels).transpose(2, 0, 1)
+    assert np.array_equal(test_images[-1].numpy(), last)
+    assert len(list(tmp_path.glob("imagefolder-*.pt"))) == 1               # decoded once
+    again = common.load_data("imagefolder", tmp_path)
+    assert torch.equal(again[0], images) and len(list(tmp_path.glob("imagefolder-*.pt"))) == 1
+    assert common.load_data("imagefolder", tmp_path, 8)[0].shape == (12, channels, 8, 8)
+    (tmp_path / "test" / "dog" / "9.png").write_bytes(b"not an image")
+    with pytest.raises(SystemExit) as stop:
+        common.load_data("imagefolder", tmp_path)
+    assert stop.value.code == 2 and "9.png" in capsys.readouterr().err

@@ -1,0 +1,226 @@
+"""conv2d, linear and convert: PyTorch's layers, but for the order in which a weight gradient's samples are added."""
+
+import copy
+
+import pytest
+import reference
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import ordered_reduce
+
+ORDERS = ["fixed", "shuffled", "atomic", "native"]
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding="same", padding_mode="reflect", bias=False),
+        nn.Conv2d(8, 16, 2, stride=2, groups=4, dilation=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 5))
+
+
+def gradients(model, x):
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("batch", [16, 13, 3, 1])
+def test_converted_model_computes_the_same(device, order, batch):
+    torch.manual_seed(0)
+    model = network().double().to(device)
+    converted = copy.deepcopy(model)
+    policy = ordered_reduce.convert(converted, order=order)
+    assert policy.layers == ["0", "2", "3", "7"]
+    assert list(converted.state_dict()) == list(model.state_dict())
+    x = torch.randn(batch, 3, 9, 9, dtype=torch.float64, device=device)
+    assert torch.equal(model(x), converted(x))
+    expected, got = gradients(model, x), gradients(converted, x)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name])
+
+
+@pytest.mark.parametrize("case", [
+    dict(shape=(3, 2, 4, 4), weight=(2, 2, 3, 3), stride=2, padding=1), dict(shape=(3, 4, 3, 2), weight=(2, 2, 3, 1), groups=2),
+    dict(shape=(4, 1, 5, 4), weight=(2, 1, 3, 2), dilation=(2, 1), padding=(0, 2)), dict(shape=(2, 3, 3), weight=(3, 2, 1, 1)),
+], ids=str)
+def test_conv2d_gradients(device, case):
+    case = dict(case)
+    x = torch.randn(case.pop("shape"), dtype=torch.float64, device=device, requires_grad=True)
+    weight = torch.randn(case.pop("weight"), dtype=torch.float64, device=device, requires_grad=True)
+    bias = torch.randn(len(weight), dtype=torch.float64, device=device, requires_grad=True)
+
+    def f(*tensors):
+        return ordered_reduce.conv2d(*tensors, **case, order="shuffled", splits=3)
+
+    assert torch.equal(f(x, weight, bias), F.conv2d(x, weight, bias, **case))
+    assert torch.autograd.gradcheck(f, (x, weight, bias)) and torch.autograd.gradgradcheck(f, (x, weight, bias), fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (5, 3, 4), (4,)])
+def test_linear_gradients(device, shape):
+    x = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
+    weight = torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True)
+    bias = torch.randn(3, dtype=torch.float64, device=device, requires_grad=True)
+
+    def f(*tensors):
+        return ordered_reduce.linear(*tensors, order="shuffled", splits=3)
+
+    assert torch.equal(f(x, weight, bias), F.linear(x, weight, bias))
+    assert torch.autograd.gradcheck(f, (x, weight, bias)) and torch.autograd.gradgradcheck(f, (x, weight, bias), fast_mode=True)
+
+
+def test_the_partial_gradients_are_pytorchs(device):
+    """A weight gradient is the ordered sum of PyTorch's gradients of the groups of samples."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(12, 7, device=device), torch.randn(5, 7, device=device, requires_grad=True)
+    parts = [torch.autograd.grad(F.linear(part, weight).square().sum(), weight)[0] for part in x.tensor_split(4)]
+    terms = torch.stack(parts).flatten(1)
+    for order in ("fixed", "shuffled"):
+        out = ordered_reduce.linear(x, weight, order=order, splits=4, seed=1, step=2, op=3)
+        got, = torch.autograd.grad(out.square().sum(), weight)
+        expected = reference.ordered_sum(terms, 4, order, seed=1, step=2, op=3).view_as(weight)
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["conv", "linear"])
+def test_equal_channels_stay_equal_unless_every_weight_has_its_own_order(device, layer):
+    """The heart of the matter. 16 equal channels in, 16 equal channels out: their gradients agree bit for bit."""
+    torch.manual_seed(0)
+    if layer == "conv":
+        x, weight = torch.randn(16, 1, 6, 6).expand(-1, 16, -1, -1), torch.full((16, 16, 3, 3), 0.1)
+        seed = torch.randn(16, 1, 4, 4).expand(-1, 16, -1, -1)
+    else:
+        x, weight, seed = torch.randn(16, 1).expand(-1, 16), torch.full((16, 16), 0.1), torch.randn(16, 1).expand(-1, 16)
+    x, seed, weight = x.contiguous().to(device), seed.contiguous().to(device), weight.to(device).requires_grad_()
+    f = getattr(ordered_reduce, "conv2d" if layer == "conv" else "linear")
+
+    def symmetric(**arguments):
+        g, = torch.autograd.grad(f(x, weight, **arguments), weight, seed)
+        return torch.equal(g, g[:1].expand_as(g)) and torch.equal(g, g[:, :1].expand_as(g))
+
+    assert symmetric(order="fixed") and symmetric(order="shuffled", scope="tensor")
+    assert symmetric(order="shuffled", splits=2)
+    assert not symmetric(order="shuffled")
+
+
+def test_arms_share_their_partial_sums(device):
+    """With integers, whose sums are exact in any order, all orders agree: nothing but the order differs."""
+    torch.manual_seed(0)
+    x = torch.randint(-3, 4, (16, 3, 6, 6), device=device).float()
+    weight = torch.randint(-3, 4, (8, 3, 3, 3), device=device).float().requires_grad_()
+    results = [torch.autograd.grad(ordered_reduce.conv2d(x, weight, order=order).sum(), weight)[0] for order in ORDERS]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_policy_places_the_noise(device):
+    torch.manual_seed(0)
+    model = network().to(device)
+    x = torch.randn(16, 3, 9, 9, device=device)
+    ordered_reduce.convert(model)
+    quiet = gradients(model, x)
+    policy = ordered_reduce.convert(model, order="shuffled", layers=["2", "7"], steps=(1, 3))
+    assert policy.layers == ["2", "7"]
+    seen = []
+    for step in range(4):
+        got = gradients(model, x)
+        differ = {name for name in got if not torch.equal(got[name], quiet[name])}
+        assert differ == ({"2.weight", "7.weight"} if 1 <= step < 3 else set()), step
+        seen.append(got["2.weight"])
+        policy.step()
+    assert not torch.equal(seen[1], seen[2])                # another step, another draw
+    policy.load_state_dict({"step": 1})
+    assert torch.equal(gradients(model, x)["2.weight"], seen[1])   # and the same step the same
+
+
+def test_choosing_layers_does_not_change_their_draws(device):
+    x = torch.randn(16, 3, 9, 9, device=device)
+    torch.manual_seed(0)
+    everywhere, alone = network().to(device), network().to(device)
+    alone.load_state_dict(everywhere.state_dict())
+    ordered_reduce.convert(everywhere, order="shuffled")
+    ordered_reduce.convert(alone, order="shuffled", layers="7")
+    assert torch.equal(gradients(everywhere, x)["7.weight"], gradients(alone, x)["7.weight"])
+
+
+def test_compiles_once_for_all_steps(device):
+    torch.manual_seed(0)
+    model = network().to(device)
+    policy = ordered_reduce.convert(model, order="shuffled")
+    x = torch.randn(16, 3, 9, 9, device=device)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(4):
+        expected = gradients(model, x)
+        model.zero_grad()
+        compiled(x).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name])
+        policy.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(device, dtype):
+    torch.manual_seed(0)
+    model = network().to(device)
+    converted = copy.deepcopy(model)
+    ordered_reduce.convert(converted, order="shuffled")
+    x = torch.randn(16, 3, 9, 9, device=device)
+    for m in (model, converted):
+        with torch.autocast(device, dtype):
+            out = m(x)
+        assert out.dtype == dtype
+        m.zero_grad()
+        out.float().square().sum().backward()
+    for parameter, other in zip(model.parameters(), converted.parameters(), strict=True):
+        assert other.grad.dtype == torch.float32
+        torch.testing.assert_close(other.grad, parameter.grad, rtol=0.05, atol=0.05 * float(parameter.grad.abs().max()))
+
+
+def test_empty_batch_and_frozen_weights(device):
+    model = network().to(device)
+    ordered_reduce.convert(model)
+    model[0].weight.requires_grad_(False)
+    for batch in (0, 4):
+        x = torch.randn(batch, 3, 9, 9, device=device, requires_grad=True)
+        model.zero_grad()
+        model(x).sum().backward()
+        assert model[0].weight.grad is None and model[2].weight.grad is not None and x.grad.shape == x.shape
+
+
+def test_subclasses_are_left_alone_and_copies_are_independent():
+    class Mine(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(2, 2), Mine(2, 2))
+    policy = ordered_reduce.convert(model, order="shuffled")
+    assert policy.layers == ["0"] and type(model[1]) is Mine
+    twin = copy.deepcopy(model)
+    policy.step()
+    assert model[0].policy.count == 1 and twin[0].policy.count == 0
+
+
+@pytest.mark.parametrize("arguments,named", [
+    (dict(order="sorted"), "order.*'sorted'"), (dict(splits=0), "splits.*0"), (dict(scope="all"), "scope.*'all'"),
+    (dict(layers="conv*"), r"'conv\*'.*0, 2, 3, 7"), (dict(layers=[]), "layers"), (dict(steps=(3, 3)), r"steps.*\(3, 3\)"),
+    (dict(steps=(-1, 3)), "steps"), (dict(seed=1 << 63), "seed"),
+], ids=str)
+def test_convert_errors(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        ordered_reduce.convert(network(), **arguments)
+
+
+def test_functional_errors_are_pytorchs():
+    x, weight = torch.randn(2, 3, 5, 5), torch.randn(4, 2, 3, 3)
+    for f in (F.conv2d, ordered_reduce.conv2d):
+        with pytest.raises(RuntimeError, match="expected input"):
+            f(x, weight)
+    for f in (F.linear, ordered_reduce.linear):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            f(torch.randn(2, 3), torch.randn(4, 5))
+    with pytest.raises(ValueError, match="order.*'x'"):
+        ordered_reduce.linear(torch.randn(2, 3), torch.randn(4, 3), order="x")
