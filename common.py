@@ -27,7 +27,7 @@ def load_data(dataset, data_dir, image_size=None):
 
     digits (every fifth image is test) comes with this repository; the torchvision sets are read from data_dir and
     downloaded into it where they are absent; imagefolder is any data_dir/{train,test}/<class>/ tree of images, decoded
-    once and cached beside it, resized to image_size (default: the first image's). Bad data ends the program with a line.
+    once and cached beside it, resized to image_size (default: the first image's). Bad data: one line and exit 2.
     """
     if dataset == "digits":
         digits = np.load(pathlib.Path(__file__).parent / "data" / "digits.npz")
@@ -128,26 +128,26 @@ def load_checkpoint(path, argument):
 
 
 def run_directory(out, default, resume):
-    """The directory of this run. A new run never writes into an old one's; --resume returns to the newest."""
+    """The directory of this run: out, or default with -2, -3, ... where that exists; a new run never writes into an old
+    one's. With resume it is out, or the newest of the default ones."""
     path = pathlib.Path(out or default)
+    taken = [path, *path.parent.glob(f"{path.name}-[0-9]*")] if not out else [path]
+    taken = sorted((old for old in taken if (old / "config.json").exists()), key=os.path.getmtime)
     if resume:
-        if not out:   # default, default-2, default-3, ...
-            path = max(path.parent.glob(f"{path.name}*/config.json"), key=os.path.getmtime, default=path / "-").parent
-        if not (path / "config.json").exists():
-            fail(f"argument --resume: there is no run to continue in {path}; leave --resume out to start one")
-        return path
-    if out and (path / "config.json").exists():
+        return taken[-1] if taken else fail(f"argument --resume: there is no run to continue in {path}; leave --resume "
+                                            "out to start one")
+    if out and taken:
         fail(f"argument --out: {path} holds a run already; add --resume to continue it, or name another directory")
-    for number in range(2, 1 << 30):
-        try:
-            path.mkdir(parents=True, exist_ok=bool(out))
-            (path / ".writable").touch()
-            (path / ".writable").unlink()
-            return path
-        except FileExistsError if not out else ():
-            path = pathlib.Path(f"{default}-{number}")
-        except OSError as error:
-            fail(f"argument --out: cannot write into {path} ({_line(error)}); name another directory")
+    number = 2
+    while not out and path.exists():
+        path, number = pathlib.Path(f"{default}-{number}"), number + 1
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".writable").touch()
+        (path / ".writable").unlink()
+    except OSError as error:
+        fail(f"argument --out: cannot write into {path} ({_line(error)}); name another directory")
+    return path
 
 
 def environment(device):

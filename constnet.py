@@ -25,13 +25,13 @@ import pathlib
 import sys
 import time
 
+import ordered_reduce
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import common
-import ordered_reduce
 
 STEPS_WATCHED = 500   # steps from the first one on of which every one gets a row in metrics.csv
 SAVE_SECONDS = 30     # within an epoch a checkpoint is written when the last one is this old
@@ -63,25 +63,26 @@ def parse_arguments(argv=None):
 
     what = parser.add_argument_group("what is trained")
     what.add_argument("--dataset", default="digits", metavar="NAME",
-                      help="digits (1,797 8x8 images, comes with this program), mnist, fashion-mnist, cifar10, cifar100 "
+                      help="digits (1,797 images of 8x8, included), mnist, fashion-mnist, cifar10, cifar100 "
                            "(downloaded where absent) or imagefolder; default: digits; paper: cifar10, cifar100")
     what.add_argument("--data-dir", default="downloads", metavar="DIR",
                       help="where torchvision's data sets lie or go; for imagefolder the folder that holds "
                            "train/<class>/ and test/<class>/; default: downloads")
     what.add_argument("--image-size", type=int, metavar="PIXELS",
-                      help="imagefolder: resize every image to this many pixels square; default: the first image's size")
+                      help="imagefolder: resize images to this many pixels square; default: the first image's size")
     what.add_argument("--init", default="abcd", metavar="LETTERS",
-                      help="the parts of the network that start constant (Table 1): a, the residual blocks' convolutions "
-                           "at 0; b, the final layer at 0; c, the first convolution with 1 / input channels in the centre "
-                           "tap and 0 elsewhere; d, the 1x1 shortcuts likewise. What is not named is He-normal; 'none' "
-                           "for the standard initialisation. Default: abcd (Constnet)")
+                      help="the parts of the network that start constant (Table 1): a, the residual blocks' "
+                           "convolutions at 0; b, the final layer at 0; c, the first convolution with 1 / input "
+                           "channels in the centre tap, 0 elsewhere; d, the 1x1 shortcuts likewise. What is not named "
+                           "is He-normal; 'none' for the standard initialisation. Default: abcd (Constnet)")
     what.add_argument("--blocks", type=int, default=12, metavar="N",
-                      help="residual blocks, each of one convolution, in 3 stages; a multiple of 3; default and paper: 12")
+                      help="residual blocks, each of one convolution, in 3 stages; a multiple of 3; default: 12, as in "
+                           "the paper")
     what.add_argument("--widen", type=int, metavar="W",
                       help=f"stages have 16 W, 32 W and 64 W channels; {defaults('widen')}; paper: 10")
     what.add_argument("--dropout", type=float, default=0.0, metavar="P",
-                      help="probability in [0, 1) with which the input of a block's convolution is dropped, the paper's "
-                           "other symmetry breaker; default: 0; paper: 0 to 0.15")
+                      help="probability in [0, 1) with which the input of a block's convolution is dropped, the "
+                           "paper's other symmetry breaker; default: 0; paper: 0 to 0.15")
 
     how = parser.add_argument_group("how it is trained")
     how.add_argument("--epochs", type=int, metavar="N", help=f"{defaults('epochs')}; paper: 200")
@@ -89,47 +90,53 @@ def parse_arguments(argv=None):
                      help=f"images; the rest of an epoch is left out; {defaults('batch_size')}")
     how.add_argument("--lr", type=float, metavar="RATE", help=f"SGD's learning rate; {defaults('lr')}; paper: 0.1")
     how.add_argument("--schedule", choices=("step", "cosine", "constant"),
-                     help="of the learning rate: step multiplies it by 0.2 after 30 %%, 60 %% and 80 %% of the epochs (the "
-                          f"authors' 140, 80 and 40 of 200 to go), cosine ends at 0; {defaults('schedule')}")
+                     help="of the learning rate: step multiplies it by 0.2 after 30 %%, 60 %% and 80 %% of the epochs "
+                          f"(the authors' 140, 80 and 40 of 200 to go), cosine ends at 0; {defaults('schedule')}")
     how.add_argument("--momentum", type=float, default=0.9, metavar="M", help="default: 0.9")
     how.add_argument("--weight-decay", type=float, metavar="D", help=defaults("weight_decay"))
     how.add_argument("--mixup", type=float, metavar="ALPHA",
-                     help="mix every image and label with another's, by a share drawn once a step from Beta(ALPHA, ALPHA); "
-                          f"0 is off; {defaults('mixup')}; paper: used, value not given")
+                     help="mix every image and label with another's, by a share drawn once a step from Beta(ALPHA, "
+                          f"ALPHA); 0 is off; {defaults('mixup')}; paper: used, value not given")
     how.add_argument("--augment", action=argparse.BooleanOptionalAction,
-                     help=f"random crop after padding by an eighth of the size, random horizontal flip; {defaults('augment')}")
+                     help="random crop after padding by an eighth of the size, random horizontal flip; "
+                          f"{defaults('augment')}")
     how.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S",
-                     help="of weights, data order, augmentation, dropout; several are run one after the other; default: 0")
-    how.add_argument("--device", default="auto", metavar="DEVICE", help="auto (cuda where there is one), cpu, cuda, cuda:1")
+                     help="of weights, data order, augmentation, dropout; several are run one by one; default: 0")
+    how.add_argument("--device", default="auto", metavar="DEVICE",
+                     help="auto (cuda where there is one), cpu, cuda, cuda:1; default: auto")
     how.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-                     help="of convolutions and products: fp32; tf32 (CUDA); bf16 (autocast). Weights are float32; default: "
-                          "fp32")
+                     help="of convolutions and products: fp32; tf32 (CUDA); bf16 (autocast). Weights are float32; "
+                          "default: fp32")
 
     order = parser.add_argument_group("the order of additions in the weight gradients")
     order.add_argument("--order", nargs="+", default=["shuffled"], metavar="ORDER",
-                       help="one or several arms that differ in nothing else: fixed (index order), shuffled (drawn from a "
-                            "seed for every weight), atomic (racing threads; does not repeat), native (PyTorch as it is: on "
-                            "a GPU the paper's setting). In all but native everything else is deterministic, and all but "
-                            "native and atomic repeat bit for bit. Default: shuffled")
+                       help="one or several arms that differ in nothing else: fixed (index order), shuffled (drawn "
+                            "from a seed for every weight), atomic (racing threads, does not repeat), native (PyTorch "
+                            "as it is: the paper's setting on a GPU). In all but native all else is deterministic, "
+                            "and all but native and atomic repeat bit for bit. Default: shuffled")
     order.add_argument("--splits", type=int, default=8, metavar="G",
                        help="partial gradients of a batch whose additions are ordered; 2 makes no noise; default: 8")
     order.add_argument("--order-scope", choices=("output", "tensor"), default="output",
-                       help="shuffled: a permutation for every weight, or one for all weights of a layer (which cannot "
-                            "break the symmetry); default: output")
+                       help="shuffled: a permutation for every weight, or one for all weights of a layer (which "
+                            "cannot break the symmetry); default: output")
     order.add_argument("--order-seed", type=int, default=0, metavar="S", help="of the permutations; default: 0")
     order.add_argument("--order-layers", nargs="+", default=["*"], metavar="GLOB",
                        help="layers the order is applied to, the others are fixed: stem, stages.S.B.conv, "
                             "stages.S.0.shortcut, head (S, B from 0); default: *")
     order.add_argument("--order-steps", type=int, nargs=2, metavar=("FIRST", "END"),
-                       help="steps FIRST <= step < END at which the order is applied, fixed before and after; default: all")
+                       help="steps FIRST <= step < END at which the order is applied, fixed before and after; "
+                            "default: all")
 
     files = parser.add_argument_group("files")
-    files.add_argument("--out", metavar="DIR", help="default: runs/constnet/DATASET, with -2, -3, ... where that exists")
+    files.add_argument("--out", metavar="DIR",
+                       help="default: runs/constnet/DATASET, with -2, -3, ... where that exists")
     files.add_argument("--resume", action="store_true",
-                       help="continue the run in --out after an interruption, to the same bits; finished arms are kept")
-    files.add_argument("--plot-only", metavar="DIR", help="draw the figure and print the table of a run again, from its "
-                                                          "metrics.csv and summary.json")
-    files.add_argument("--tensorboard", action="store_true", help="also log to DIR/tensorboard (pip install tensorboard)")
+                       help="continue the run in --out (default: the newest) after an interruption, to the same bits; "
+                            "finished arms are kept")
+    files.add_argument("--plot-only", metavar="DIR",
+                       help="draw the figure and print the table of a run again, from metrics.csv and summary.json")
+    files.add_argument("--tensorboard", action="store_true",
+                       help="also log to DIR/tensorboard (pip install tensorboard)")
     args = parser.parse_args(argv)
 
     if args.dataset not in DEFAULTS:
@@ -264,13 +271,14 @@ class Symmetry:
 
     def __init__(self, model):
         self.weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-        self.first_broken = {name: -1 for name in self.weights}
+        self.first_broken = dict.fromkeys(self.weights, -1)
         self.kept = []                                    # (row, weights) not measured yet
-        self.most_kept = max(1, min(32, (1 << 24) // sum(weight.numel() for weight in self.weights.values())))
+        self.most_kept = max(1, min(16, (1 << 22) // sum(weight.numel() for weight in self.weights.values())))
         # Two filters are taken for equal where a random linear form of their bits agrees: wrong once in 2^32.
         longest = max(weight[0].numel() for weight in self.weights.values())
         generator = torch.Generator().manual_seed(0)
-        self.form = torch.randint(-1 << 31, 1 << 31, (longest,), generator=generator).to(self.weights["stem"].device) | 1
+        form = torch.randint(-1 << 31, 1 << 31, (longest,), generator=generator, dtype=torch.int32) | 1
+        self.form = form.to(self.weights["stem"].device)
 
     @torch.no_grad()
     def watch(self, step):
@@ -288,10 +296,10 @@ class Symmetry:
 
     @torch.no_grad()
     def flush(self):
-        for name, *weights in zip(self.weights, *(weights for _, weights in self.kept), strict=True):
-            weight = torch.stack(weights)                 # (steps, out, in, height, width)
+        for number, name in enumerate(self.weights if self.kept else ()):
+            weight = torch.stack([weights[number] for _, weights in self.kept])   # (steps, out, in, height, width)
             filters = weight.flatten(2)
-            form = (filters.view(torch.int32) * self.form[: filters.shape[2]]).sum(2).sort(1).values
+            form = (filters.view(torch.int32) * self.form[: filters.shape[2]]).sum(2, dtype=torch.int32).sort(1).values
             distinct = 1 + (form[:, 1:] != form[:, :-1]).sum(1)
             spread = (filters - filters.mean(1, keepdim=True)).norm(dim=(1, 2)) / filters.norm(dim=(1, 2))
             measures = {"distinct_filters": distinct, "spread": spread.where(distinct > 1, 0.0),
@@ -316,10 +324,10 @@ class Symmetry:
 def mean_correlation(slices):
     """(steps, n, m) -> (steps,): mean Pearson correlation of all pairs of the n slices, without forming the pairs: with
     slices z centred and of norm one, |sum z|^2 = n + the sum over ordered pairs. NaN where a slice is constant."""
-    z = slices - slices.mean(2, keepdim=True)
-    total = torch.einsum("snm,sn->sm", z, 1 / z.norm(dim=2)).square().sum(1)
     n = slices.shape[1]
-    return (total - n) / (n * (n - 1))
+    z = slices - slices.mean(2, keepdim=True)
+    total = (z / z.norm(dim=2, keepdim=True)).sum(1).square().sum(1)
+    return (total - n) / (n * (n - 1)) if n > 1 else torch.full_like(total, math.nan)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -331,8 +339,8 @@ def draw(seed, number, purpose):
 
 
 def normaliser(images):
-    """uint8 images -> float, with mean 0 and variance 1 in every channel of the training images (exact, from counts)."""
-    counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(images.shape[1])]).double()
+    """uint8 images -> float, with mean 0 and variance 1 in every channel of the training images (from exact counts)."""
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
     share, value = counts / counts.sum(1, keepdim=True), torch.arange(256, device=images.device, dtype=torch.float64)
     mean = (share * value).sum(1)
     std = (share * (value - mean[:, None]).square()).sum(1).sqrt().clamp(min=1e-3)
@@ -432,13 +440,15 @@ def train(args, order, seed, data, state, save, progress):
             if within == 0 or state is not None:
                 generator = torch.Generator().manual_seed(draw(seed, epoch, "data"))
                 data_order, state = torch.randperm(len(labels), generator=generator).to(device), None
-            torch.manual_seed(draw(seed, step, "step"))   # augmentation, mixup and dropout
+            if args.augment or args.mixup or args.dropout:
+                torch.manual_seed(draw(seed, step, "step"))
             chosen = data_order[within * batch:(within + 1) * batch]
             x, y = images[chosen], labels[chosen]
             x = normalise(augment(x) if args.augment else x)
             with autocast():
                 if args.mixup:
-                    share, other = float(torch.distributions.Beta(args.mixup, args.mixup).sample()), torch.randperm(batch)
+                    share = float(torch.distributions.Beta(args.mixup, args.mixup).sample())
+                    other = torch.randperm(batch)
                     logits = model(share * x + (1 - share) * x[other]).float()
                     loss = share * F.cross_entropy(logits, y) + (1 - share) * F.cross_entropy(logits, y[other])
                 else:
@@ -464,7 +474,8 @@ def train(args, order, seed, data, state, save, progress):
                     row["train_loss"] = float(losses[-1])
                 if last_of_epoch:
                     row["epoch_train_loss"] = float(sum(losses)) / len(losses)
-                    row["test_loss"], row["test_accuracy"] = evaluate(model, test_images, test_labels, normalise, autocast)
+                    tested = evaluate(model, test_images, test_labels, normalise, autocast)
+                    row["test_loss"], row["test_accuracy"] = tested
                     losses.clear()
                     progress.set_postfix(test=f"{row['test_accuracy']:.1f} %", refresh=False)
                 rows.append(row)
@@ -482,10 +493,10 @@ def train(args, order, seed, data, state, save, progress):
     for tensor in model.state_dict().values():
         bits.update(tensor.cpu().contiguous().numpy().tobytes())
     last = rows[-1]
-    return {"order": order, "splits": args.splits, "scope": args.order_scope, "dropout": args.dropout, "init": args.init,
-            "seed": seed, "dataset": args.dataset, "epochs": args.epochs, "steps": step,
-            "test_accuracy": last["test_accuracy"], "train_loss": last["epoch_train_loss"], "symmetry": symmetry.summary(),
-            "weights_sha256": bits.hexdigest(), "wall_seconds": round(seconds, 2),
+    return {"order": order, "splits": args.splits, "scope": args.order_scope, "dropout": args.dropout,
+            "init": args.init, "seed": seed, "dataset": args.dataset, "epochs": args.epochs, "steps": step,
+            "test_accuracy": last["test_accuracy"], "train_loss": last["epoch_train_loss"],
+            "symmetry": symmetry.summary(), "weights_sha256": bits.hexdigest(), "wall_seconds": round(seconds, 2),
             "images_per_second": round(step * batch / seconds, 1)}, rows
 
 
@@ -494,7 +505,8 @@ def train(args, order, seed, data, state, save, progress):
 
 def print_table(summary):
     """One line per arm, then the distinct filters of every layer."""
-    print(f"\n{'order':<10}{'seed':>5}{'test accuracy':>15}{'train loss':>12}{'channels differ from':>26}{'seconds':>9}")
+    print(f"\n{'order':<10}{'seed':>5}{'test accuracy':>15}{'train loss':>12}{'channels differ from':>26}"
+          f"{'seconds':>9}")
     for arm in summary:
         broken = "never" if arm["symmetry"]["kept"] else f"step {arm['symmetry']['first_broken_step']}"
         print(f"{arm['order']:<10}{arm['seed']:>5}{arm['test_accuracy']:>13.1f} %{arm['train_loss']:>12.3f}{broken:>26}"
@@ -517,7 +529,7 @@ def draw_figure(rows, summary, path):
         accuracy.plot([int(row["step"]) for row in tested], [float(row["test_accuracy"]) for row in tested], **style)
         layers = arm["symmetry"]["distinct_filters"]
         largest = [max(float(row[f"spread/{layer}"]) for layer in layers) for row in mine]
-        spread.plot([int(row["step"]) for row in mine], [value if value > 0 else math.nan for value in largest], **style)
+        spread.plot([int(row["step"]) for row in mine], [value or math.nan for value in largest], **style)
         filters.plot(range(len(layers)), list(layers.values()), marker=".", **style)
     if not any(value > 0 for line in spread.get_lines() for value in line.get_ydata()):
         spread.text(0.5, 0.5, "no channel ever differed", transform=spread.transAxes, ha="center")
@@ -540,8 +552,9 @@ def log_to_tensorboard(directory, rows):
 
     with SummaryWriter(directory) as board:
         for row in rows:
-            for key in [key for key, value in row.items() if isinstance(value, (int, float)) and key not in ("step", "seed")]:
-                board.add_scalar(f"{key}/{row['arm']}/seed{row['seed']}", row[key], row["step"])
+            for key, value in row.items():
+                if isinstance(value, (int, float)) and key not in ("step", "seed"):
+                    board.add_scalar(f"{key}/{row['arm']}/seed{row['seed']}", value, row["step"])
 
 
 def plot_only(directory):
@@ -577,9 +590,9 @@ def main(argv=None):
     done = {"summary": [], "rows": [], "running": None}
     if args.resume:
         was = json.loads((out / "config.json").read_text())["arguments"]
-        other = [f"--{key.replace('_', '-')} {was.get(key)}" for key, value in arguments.items() if was.get(key) != value]
+        other = [f"--{key.replace('_', '-')} {was.get(key)}" for key, value in arguments.items() if was[key] != value]
         if other:
-            common.fail(f"argument --resume: {out} is a run of another configuration; it was made with {', '.join(other)}")
+            common.fail(f"argument --resume: {out} is a run of another configuration, made with {', '.join(other)}")
         if (out / "checkpoint.pt").exists():
             done = common.load_checkpoint(out / "checkpoint.pt", "--resume")
     else:
@@ -602,8 +615,7 @@ def main(argv=None):
     try:
         with tqdm(total=len(runs) * args.epochs * (len(data[1]) // args.batch_size), unit="step", smoothing=0.05,
                   disable=None) as progress:
-            for order, seed in runs[:len(done["summary"])]:
-                progress.update(args.epochs * (len(data[1]) // args.batch_size))
+            progress.update(len(done["summary"]) * args.epochs * (len(data[1]) // args.batch_size))
             for order, seed in runs[len(done["summary"]):]:
                 progress.set_description(f"{order}, seed {seed}")
                 summary, rows = train(args, order, seed, data, done["running"], save, progress)

@@ -5,9 +5,14 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
+#include <bit>
 #include <memory>
+#include <numeric>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "ops.h"
 
@@ -18,6 +23,7 @@ constexpr int kBlocks = 8;                          // blocks whose lane sums ar
 constexpr int64_t kChunk = 64 * kBlock;             // an aligned, complete subtree: one thread's share of a long group
 constexpr int64_t kGrain = 1 << 15;                 // terms below which a second thread does not pay
 constexpr int kWidest = 512;                        // adjacent outputs that are summed together, at most
+constexpr int kSide = 32;                           // outputs whose permutations are drawn side by side
 
 template <class T>
 const T kNothing = T(-0.0f);
@@ -27,10 +33,11 @@ const T kNothing = T(-0.0f);
 
 INLINE int next_power_of_two(int64_t n) { return n <= 1 ? 1 : 2 << (63 - __builtin_clzll(uint64_t(n - 1))); }
 
-// sum[w] = the tree over ROWS rows at w = 0 ... width - 1.
+// sum[w] = the tree over ROWS rows at w = 0 ... width - 1. The sum may replace a row.
 template <int ROWS, class T, class Acc>
-INLINE void add_rows(const T* const (&row)[kRows], int width, Acc* __restrict__ sum) {
+INLINE void add_rows(const T* const (&row)[kRows], int width, Acc* sum) {
   const T *a = row[0], *b = row[1], *c = row[2], *d = row[3], *e = row[4], *f = row[5], *g = row[6], *h = row[7];
+#pragma GCC ivdep
   for (int w = 0; w < width; ++w) {
     if constexpr (ROWS == 1) sum[w] = Acc(a[w]);
     if constexpr (ROWS == 2) sum[w] = tree(Acc(a[w]), Acc(b[w]));
@@ -50,32 +57,91 @@ INLINE void add_rows(int rows, const T* const (&row)[kRows], int width, Acc* sum
   }
 }
 
-// The 32 lane sums of at most kBlock contiguous terms of one output.
-template <class T, class Acc>
-INLINE void contiguous_block(const T* x, int64_t n, Acc* lanes) {
+// The 32 lane sums of at most ROWS * kLanes contiguous terms of one output.
+template <int ROWS, class T, class Acc>
+INLINE void contiguous_rows(const T* x, int64_t n, Acc* lanes) {
   const T* row[kRows] = {};
-  const int rows = next_power_of_two((n + kLanes - 1) / kLanes);
-  T padded[kBlock];
-  if (n != int64_t(rows) * kLanes) {
-    std::fill(std::copy(x, x + n, padded), padded + rows * kLanes, kNothing<T>);
+  T padded[ROWS * kLanes];
+  if (n != ROWS * kLanes) {
+    std::fill(std::copy(x, x + n, padded), padded + ROWS * kLanes, kNothing<T>);
     x = padded;
   }
-  for (int i = 0; i < kRows; ++i) row[i] = x + (i < rows ? i : 0) * kLanes;
-  add_rows(rows, row, kLanes, lanes);
+  for (int i = 0; i < ROWS; ++i) row[i] = x + i * kLanes;
+  add_rows<ROWS>(row, kLanes, lanes);
 }
 
-// The lane sums of at most kBlock terms of `width` adjacent outputs, as lanes[lane * width + output].
 template <class T, class Acc>
-INLINE void strided_block(const T* x, int64_t n, int64_t stride, int width, int lane_count, Acc* lanes) {
+INLINE void contiguous_block(const T* x, int64_t n, Acc* lanes) {
+  if (n <= 1 * kLanes) contiguous_rows<1>(x, n, lanes);
+  else if (n <= 2 * kLanes) contiguous_rows<2>(x, n, lanes);
+  else if (n <= 4 * kLanes) contiguous_rows<4>(x, n, lanes);
+  else contiguous_rows<8>(x, n, lanes);
+}
+
+// The 32 lane sums of at most kBlocks blocks.
+template <class T, class Acc>
+INLINE void contiguous_blocks(const T* x, int64_t n, Acc* lanes) {
+  if (n <= kBlock) return contiguous_block(x, n, lanes);
+  alignas(64) Acc sums[kBlocks][kLanes];
+  const Acc* row[kBlocks];
+  const int blocks = int((n + kBlock - 1) / kBlock), wanted = next_power_of_two(blocks);
+  for (int b = 0; b < blocks; ++b) contiguous_block(x + b * kBlock, std::min<int64_t>(kBlock, n - b * kBlock), sums[b]);
+  for (int b = blocks; b < wanted; ++b) std::fill(sums[b], sums[b] + kLanes, kNothing<Acc>);
+  for (int b = 0; b < kBlocks; ++b) row[b] = sums[b];
+  add_rows(wanted, row, kLanes, lanes);
+}
+
+// The sum of 32 lanes, by halving.
+template <class Acc>
+INLINE Acc add_lanes(Acc* lanes) {
+#pragma GCC unroll 5
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
+}
+
+// The lowest levels, three at most, of the tree over `terms` terms, a power of two: the sum of leaf 0 ... count - 1,
+// where leaf k is term offset[k] + l, for each l = 0 ... left - 1 stands for the `left` lanes that are then halved.
+struct Leaves {
+  int count = 1, left, offset[kRows] = {};
+  explicit Leaves(int terms) {
+    for (int distance = kLanes; distance < terms; distance *= 2) add(distance);
+    for (int distance = std::min(terms, kLanes) / 2; distance > 0; distance /= 2) add(distance);
+    left = terms / count;
+  }
+  void add(int distance) {
+    if (count == kRows) return;
+    for (int k = 0; k < count; ++k) offset[count + k] = offset[k] + distance;
+    count *= 2;
+  }
+};
+
+// The sums of the leaves of at most kBlock terms of `width` adjacent outputs, as sums[l * width + output].
+template <class T, class Acc>
+INLINE void strided_block(const T* x, int64_t n, int64_t stride, int width, const Leaves& leaves, Acc* sums) {
   static const std::vector<T> nothing(kWidest, kNothing<T>);
-  const int rows = next_power_of_two((n + kLanes - 1) / kLanes);
-  for (int l = 0; l < lane_count; ++l) {
-    const T* row[kRows] = {};
-    for (int i = 0; i < rows; ++i) {
-      const int64_t term = int64_t(i) * kLanes + l;
-      row[i] = term < n ? x + term * stride : nothing.data();
+  const T* row[kRows] = {};
+  for (int l = 0; l < leaves.left; ++l) {
+    for (int k = 0; k < leaves.count; ++k) {
+      const int64_t term = leaves.offset[k] + l;
+      row[k] = term < n ? x + term * stride : nothing.data();
     }
-    add_rows(rows, row, width, lanes + l * width);
+    add_rows(leaves.count, row, width, sums + l * width);
+  }
+}
+
+// The sums of `count` lanes of `width` adjacent outputs, by halving.
+template <class Acc>
+INLINE void add_lanes(Acc* lanes, int count, int width, Acc* sums) {
+  const Acc* row[kRows] = {};
+  for (bool last = false; !last;) {
+    const Leaves leaves(count);
+    last = leaves.left == 1;
+    for (int l = 0; l < leaves.left; ++l) {
+      for (int k = 0; k < leaves.count; ++k) row[k] = lanes + (leaves.offset[k] + l) * width;
+      add_rows(leaves.count, row, width, last ? sums : lanes + l * width);
+    }
+    count = leaves.left;
   }
 }
 
@@ -84,12 +150,10 @@ INLINE void strided_block(const T* x, int64_t n, int64_t stride, int width, int 
 template <class Acc>
 class Counter {
  public:
-  explicit Counter(int64_t piece) : piece_(piece) {}
+  Counter(int64_t piece, int64_t pieces)
+      : piece_(piece), stack_(new Acc[piece * (1 + std::bit_width(uint64_t(pieces - 1)))]) {}
   INLINE void reset() { count_ = depth_ = 0; }
-  INLINE Acc* next() {   // where the next piece is to be written before push()
-    if (int64_t(stack_.size()) < (depth_ + 1) * piece_) stack_.resize((depth_ + 8) * piece_);
-    return level(depth_);
-  }
+  INLINE Acc* next() { return level(depth_); }   // where the next piece is to be written before push()
   INLINE void push() {
     int64_t last = depth_++;
     for (int64_t bits = count_++; bits & 1; bits >>= 1, --last, --depth_) add(level(last - 1), level(last));
@@ -100,14 +164,79 @@ class Counter {
   }
 
  private:
-  INLINE Acc* level(int64_t k) { return stack_.data() + k * piece_; }
+  INLINE Acc* level(int64_t k) { return stack_.get() + k * piece_; }
   INLINE void add(Acc* __restrict__ left, const Acc* __restrict__ right) {
     for (int64_t i = 0; i < piece_; ++i) left[i] += right[i];
   }
   const int64_t piece_;
   int64_t count_ = 0, depth_ = 0;
-  std::vector<Acc> stack_;
+  std::unique_ptr<Acc[]> stack_;
 };
+
+// other[i][w] = the element with which shuffle() of order.h swaps element last - i of output + w, for the four draws
+// of one Philox block.
+INLINE void draw_any(Key key, uint64_t output, int block, int last, uint32_t (*other)[kSide]) {
+  for (int w = 0; w < kSide; ++w) {
+    uint32_t c[4] = {uint32_t(output + w), uint32_t((output + w) >> 32 & 0xFFFFu) | uint32_t(block) << 16,
+                     key.step, key.op};
+    philox4x32_10(c, uint32_t(key.seed), uint32_t(key.seed >> 32));
+    for (int i = 0; i < 4; ++i) other[i][w] = uint32_t(uint64_t{c[i]} * uint32_t(last + 1 - i) >> 32);
+  }
+}
+
+#if defined(__x86_64__)
+// The same, eight outputs at a time: compilers do not find the instruction that multiplies 32 by 32 bits. A word of a
+// counter is the lower half of 64 bits; what stands in the upper half is never read.
+__attribute__((target("avx2"))) inline void draw_avx2(Key key, uint64_t output, int block, int last,
+                                                      uint32_t (*other)[kSide]) {
+  for (int w = 0; w < kSide; w += 8) {
+    __m256i c[2][4];   // of the even and of the odd outputs
+    for (int odd = 0; odd < 2; ++odd) {
+      c[odd][0] = _mm256_add_epi64(_mm256_set1_epi64x(output + w + odd), _mm256_setr_epi64x(0, 2, 4, 6));
+      c[odd][1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi64(c[odd][0], 32), _mm256_set1_epi64x(0xFFFF)),
+                                  _mm256_set1_epi64x(uint64_t(block) << 16));
+      c[odd][2] = _mm256_set1_epi64x(key.step), c[odd][3] = _mm256_set1_epi64x(key.op);
+    }
+    __m256i k0 = _mm256_set1_epi64x(key.seed), k1 = _mm256_set1_epi64x(key.seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      for (__m256i* d : c) {
+        const __m256i p0 = _mm256_mul_epu32(d[0], _mm256_set1_epi64x(0xD2511F53u));
+        const __m256i p1 = _mm256_mul_epu32(d[2], _mm256_set1_epi64x(0xCD9E8D57u));
+        d[0] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), d[1]), k0), d[1] = p1;
+        d[2] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), d[3]), k1), d[3] = p0;
+      }
+      k0 = _mm256_add_epi64(k0, _mm256_set1_epi64x(0x9E3779B9u));
+      k1 = _mm256_add_epi64(k1, _mm256_set1_epi64x(0xBB67AE85u));
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m256i bound = _mm256_set1_epi64x(last + 1 - i);
+      const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(c[0][i], bound), 32);
+      const __m256i odd = _mm256_mul_epu32(c[1][i], bound);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(other[i] + w), _mm256_blend_epi32(even, odd, 0xAA));
+    }
+  }
+}
+#endif
+
+// Element `last` of kSide outputs changes places with element other[w] <= last.
+template <class Acc>
+INLINE void swap_side(Acc* v, int last, int64_t stride, const uint32_t* other) {
+  Acc* top = v + last * stride;
+  if (last >= 16) {
+    for (int w = 0; w < kSide; ++w) std::swap(top[w], v[other[w] * stride + w]);
+    return;
+  }
+  Acc taken[kSide] = {};   // few elements: look at all of them, without branches or addresses
+  for (int i = 0; i < last; ++i, v += stride)
+#pragma GCC ivdep
+    for (int w = 0; w < kSide; ++w) {
+      const Acc here = v[w];
+      const bool hit = other[w] == uint32_t(i);
+      v[w] = hit ? top[w] : here;
+      taken[w] = hit ? here : taken[w];
+    }
+  for (int w = 0; w < kSide; ++w) top[w] = other[w] == uint32_t(last) ? top[w] : taken[w];
+}
 
 template <class T>
 struct Sum {
@@ -117,18 +246,28 @@ struct Sum {
   T* out;
   Key key;
   Groups groups;
-  int lane_count;      // 32, or fewer where no group has 32 terms
-  bool across;         // neighbouring outputs are added side by side, a vector of them at a time
-  int tile;            // outputs of one task
-  int64_t tiles;       // with across: tiles in one row of `inner` outputs
+  bool across;           // neighbouring outputs are added side by side, a vector of them at a time
+  bool contiguous;       // else: the terms of an output lie side by side
+  Leaves leaves;
+  int lanes;             // sums of a piece of a group
+  int tile;              // outputs of one task
+  int pitch;             // outputs for which there is room: whole vectors of kSide
+  int64_t tiles;         // with across: tiles in one row of `inner` outputs
+  std::vector<int> order;   // in which the groups of every output are added
 
   Sum(const Reduction& r, const Tensor& x, Tensor& out)
       : r(r), x(static_cast<const T*>(x.const_data_ptr())), out(static_cast<T*>(out.mutable_data_ptr())),
         key{r.seed, r.step, r.op}, groups(r.terms, r.groups),
-        lane_count(std::min(kLanes, next_power_of_two(groups.longest()))) {
-    across = r.inner_stride == 1 && r.inner > 1;
-    tile = across ? int(std::min<int64_t>(r.inner, groups.longest() == 1 ? kWidest : 256)) : 16;
+        across(r.inner_stride == 1 && r.inner > 1), contiguous(!across && r.term_stride == 1),
+        leaves(next_power_of_two(std::min<int64_t>(kBlock, groups.longest()))),
+        lanes(contiguous ? kLanes : leaves.left), order(r.groups) {
+    tile = across ? int(std::min<int64_t>(r.inner, kWidest)) : kSide;
+    const int64_t enough = 2 * int64_t(torch::stable::get_num_threads());   // tasks, so that every thread has some
+    while (across && tile > 128 && r.outer * ((r.inner + tile - 1) / tile) < enough) tile /= 2;
+    pitch = (tile + kSide - 1) / kSide * kSide;
     tiles = (r.inner + tile - 1) / tile;
+    std::iota(order.begin(), order.end(), 0);
+    if (r.order == Order::shuffled && !r.per_output) shuffle(order.data(), int(r.groups), 1, key, 0);
   }
 
   struct Place {
@@ -146,66 +285,53 @@ struct Sum {
     return x + output / r.inner * r.outer_stride + output % r.inner * r.inner_stride;
   }
 
-  // Lane sums of n terms, an aligned piece of a group, of `width` neighbouring outputs.
+  // The lanes' sums of n terms, an aligned piece of a group, of `width` neighbouring outputs.
   INLINE Acc* lanes_of_any(const T* x, int64_t n, int width, Counter<Acc>& counter) const {
     counter.reset();
-    if (r.term_stride == 1 && width == 1 && lane_count == kLanes) {
-      for (; n > 0; x += kBlocks * kBlock, n -= kBlocks * kBlock) {
-        alignas(64) Acc lanes[kBlocks][kLanes];
-        const Acc* row[kBlocks];
-        const int blocks = int(std::min<int64_t>(kBlocks, (n + kBlock - 1) / kBlock));
-        const int wanted = next_power_of_two(blocks);
-        for (int b = 0; b < blocks; ++b)
-          contiguous_block(x + b * kBlock, std::min<int64_t>(kBlock, n - b * kBlock), lanes[b]);
-        for (int b = blocks; b < wanted; ++b) std::fill(lanes[b], lanes[b] + kLanes, kNothing<Acc>);
-        for (int b = 0; b < kBlocks; ++b) row[b] = lanes[b];
-        add_rows(wanted, row, kLanes, counter.next());
-        counter.push();
-      }
-    } else {
-      for (int64_t i = 0; i < n; i += kBlock) {
-        strided_block(x + i * r.term_stride, std::min<int64_t>(kBlock, n - i), r.term_stride, width, lane_count,
-                      counter.next());
-        counter.push();
-      }
+    const int64_t step = contiguous ? kBlocks * kBlock : kBlock;
+    for (int64_t i = 0; i < n; i += step) {
+      const int64_t some = std::min(step, n - i);
+      if (contiguous) contiguous_blocks(x + i, some, counter.next());
+      else strided_block(x + i * r.term_stride, some, r.term_stride, width, leaves, counter.next());
+      counter.push();
     }
     return counter.finish();
   }
 
-  // The lanes' sums, by halving.
-  INLINE Acc* add_lanes(Acc* lanes, int width) const {
-    for (int half = lane_count / 2; half > 0; half /= 2)
-      for (int i = 0; i < half * width; ++i) lanes[i] += lanes[half * width + i];
-    return lanes;
+  // partial[g * pitch] for all groups of one output, of at most ROWS * kLanes contiguous terms: all in registers.
+  template <int ROWS>
+  INLINE void short_groups(const T* x, Acc* partial) const {
+    for (int64_t g = 0; g < r.groups; ++g) {
+      alignas(64) Acc sum[kLanes];
+      contiguous_rows<ROWS>(x + groups[g].begin, groups[g].size, sum);
+      partial[g * pitch] = add_lanes(sum);
+    }
   }
 
-  // partial[g * width + output] for all groups of one tile.
+  // partial[g * pitch + output] for all groups of one tile.
   INLINE void partials_any(const Place& p, Acc* partial, Counter<Acc>& counter) const {
-    if (across) {
-      for (int64_t g = 0; g < r.groups; ++g) {
-        const Group group = groups[g];
-        const T* terms = p.x + group.begin * r.term_stride;
-        Acc* sums = partial + g * p.width;
-        if (group.size == 1)
-          for (int w = 0; w < p.width; ++w) sums[w] = Acc(terms[w]);
-        else
-          std::copy_n(add_lanes(lanes_of_any(terms, group.size, p.width, counter), p.width), p.width, sums);
+    const int width = across ? p.width : 1;
+    for (int w = 0; w < p.width; w += width) {
+      const T* terms = across ? p.x : terms_of(p.output + w);
+      if (contiguous && groups.longest() <= kBlock) {
+        if (groups.longest() <= 1 * kLanes) short_groups<1>(terms, partial + w);
+        else if (groups.longest() <= 2 * kLanes) short_groups<2>(terms, partial + w);
+        else if (groups.longest() <= 4 * kLanes) short_groups<4>(terms, partial + w);
+        else short_groups<8>(terms, partial + w);
+        continue;
       }
-      return;
-    }
-    for (int w = 0; w < p.width; ++w) {
-      const T* terms = terms_of(p.output + w);
       for (int64_t g = 0; g < r.groups; ++g) {
         const Group group = groups[g];
         const T* first = terms + group.begin * r.term_stride;
-        if (r.term_stride == 1 && group.size <= kBlock) {   // short groups in registers; more lanes change no bit
-          alignas(64) Acc lanes[kLanes];
-          contiguous_block(first, group.size, lanes);
-          for (int half : {16, 8, 4, 2, 1})
-            for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-          partial[g * p.width + w] = lanes[0];
+        Acc* sums = partial + g * pitch + w;
+        if (contiguous && group.size <= kBlocks * kBlock) {   // in registers
+          alignas(64) Acc sum[kLanes];
+          contiguous_blocks(first, group.size, sum);
+          *sums = add_lanes(sum);
+        } else if (lanes == 1) {
+          strided_block(first, group.size, r.term_stride, width, leaves, sums);
         } else {
-          partial[g * p.width + w] = *add_lanes(lanes_of_any(first, group.size, 1, counter), 1);
+          add_lanes(lanes_of_any(first, group.size, width, counter), lanes, width, sums);
         }
       }
     }
@@ -213,12 +339,20 @@ struct Sum {
 
   // Partial sums of the groups of one tile into the result.
   INLINE void combine_any(const Place& p, Acc* partial) const {
-    if (r.order == Order::shuffled)
-      for (int w = 0; w < p.width; ++w)
-        shuffle(partial + w, int(r.groups), p.width, key, r.per_output ? uint64_t(p.output + w) : 0);
-    for (int64_t g = 1; g < r.groups; ++g)
-      for (int w = 0; w < p.width; ++w) partial[w] += partial[g * p.width + w];
-    for (int w = 0; w < p.width; ++w) out[p.output + w] = T(partial[w]);
+    if (r.order == Order::shuffled && r.per_output)
+      for (int w = 0; w < p.width; w += kSide) {
+        uint32_t other[4][kSide];
+        for (int last = int(r.groups) - 1, i = 0; last > 0; --last, ++i) {
+          if (i % 4 == 0) draw(key, uint64_t(p.output + w), i / 4, last, other);
+          swap_side(partial + w, last, pitch, other[i % 4]);
+        }
+      }
+    Acc* __restrict__ sum = partial + order[0] * int64_t(pitch);
+    for (int64_t g = 1; g < r.groups; ++g) {
+      const Acc* part = partial + order[g] * int64_t(pitch);
+      for (int w = 0; w < p.width; ++w) sum[w] += part[w];
+    }
+    for (int w = 0; w < p.width; ++w) out[p.output + w] = T(sum[w]);
   }
 
 #if defined(__x86_64__)
@@ -226,7 +360,13 @@ struct Sum {
 #define TWICE(result, name, declared, given)                                                     \
   __attribute__((target("avx2"))) result name##_avx2 declared const { return name##_any given; } \
   result name declared const { return avx2 ? name##_avx2 given : name##_any given; }
+  void draw(Key key, uint64_t output, int block, int last, uint32_t (*other)[kSide]) const {
+    return avx2 ? draw_avx2(key, output, block, last, other) : draw_any(key, output, block, last, other);
+  }
 #else
+  void draw(Key key, uint64_t output, int block, int last, uint32_t (*other)[kSide]) const {
+    draw_any(key, output, block, last, other);
+  }
 #define TWICE(result, name, declared, given) \
   result name declared const { return name##_any given; }
 #endif
@@ -238,12 +378,13 @@ struct Sum {
   template <class Use>
   void for_each_tile(const Use& use) {
     const int64_t threads = torch::stable::get_num_threads(), terms = r.terms * r.outputs();
+    const int64_t blocks = (groups.longest() + kBlock - 1) / kBlock;
     int64_t tasks = across ? r.outer * tiles : (r.outputs() + tile - 1) / tile;
     if (tasks >= 2 * threads || terms < 2 * kGrain) {
       torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kGrain * tasks / terms),
                                   [&](int64_t first, int64_t last) {
-        Counter<Acc> counter(int64_t(lane_count) * (across ? tile : 1));
-        std::vector<Acc> partial(r.groups * tile);
+        Counter<Acc> counter(int64_t(lanes) * (across ? tile : 1), blocks);
+        std::vector<Acc> partial(r.groups * pitch);
         for (int64_t task = first; task < last; ++task) {
           const Place p = place(task);
           partials(p, partial.data(), counter);
@@ -254,32 +395,31 @@ struct Sum {
     }
     // Few outputs, long groups: threads share the chunks of a group, whose lane sums are then added up the same tree.
     if (!across) tile = 1, tasks = r.outputs();
-    const int64_t chunks = (groups.longest() + kChunk - 1) / kChunk, piece = int64_t(lane_count) * tile;
-    std::unique_ptr<Acc[]> lanes(new Acc[tasks * r.groups * chunks * piece]);
+    const int64_t chunks = (groups.longest() + kChunk - 1) / kChunk, piece = int64_t(lanes) * tile;
+    std::unique_ptr<Acc[]> sums(new Acc[tasks * r.groups * chunks * piece]);
     torch::stable::parallel_for(0, tasks * r.groups * chunks, 1, [&](int64_t first, int64_t last) {
-      Counter<Acc> counter(piece);
+      Counter<Acc> counter(piece, kChunk / kBlock);
       for (int64_t job = first; job < last; ++job) {
         const Place p = place(job / chunks / r.groups);
         const Group group = groups[job / chunks % r.groups];
         const int64_t begin = job % chunks * kChunk, n = std::min(group.size - begin, kChunk);
         if (n <= 0) continue;
         const T* all = across ? p.x : terms_of(p.output);
-        const Acc* sums = lanes_of(all + (group.begin + begin) * r.term_stride, n, p.width, counter);
-        std::copy(sums, sums + lane_count * p.width, lanes.get() + job * piece);
+        const Acc* sum = lanes_of(all + (group.begin + begin) * r.term_stride, n, p.width, counter);
+        std::copy(sum, sum + lanes * p.width, sums.get() + job * piece);
       }
     });
-    Counter<Acc> counter(piece);
-    std::vector<Acc> partial(r.groups * tile);
+    Counter<Acc> counter(piece, chunks);
+    std::vector<Acc> partial(r.groups * pitch);
     for (int64_t task = 0; task < tasks; ++task) {
       const Place p = place(task);
       for (int64_t g = 0; g < r.groups; ++g) {
         counter.reset();
         for (int64_t chunk = 0; chunk * kChunk < groups[g].size; ++chunk) {
-          std::copy_n(lanes.get() + ((task * r.groups + g) * chunks + chunk) * piece, lane_count * p.width,
-                      counter.next());
+          std::copy_n(sums.get() + ((task * r.groups + g) * chunks + chunk) * piece, lanes * p.width, counter.next());
           counter.push();
         }
-        std::copy_n(add_lanes(counter.finish(), p.width), p.width, partial.data() + g * p.width);
+        add_lanes(counter.finish(), lanes, p.width, partial.data() + g * pitch);
       }
       use(p, partial.data());
     }
@@ -296,7 +436,7 @@ struct Sum {
     std::vector<Acc> partials(r.groups * outputs);
     for_each_tile([&](const Place& p, Acc* partial) {
       for (int64_t g = 0; g < r.groups; ++g)
-        std::copy(partial + g * p.width, partial + (g + 1) * p.width, partials.data() + g * outputs + p.output);
+        std::copy_n(partial + g * pitch, p.width, partials.data() + g * outputs + p.output);
     });
     std::unique_ptr<std::atomic<Acc>[]> sums(new std::atomic<Acc>[outputs]);
     for (int64_t o = 0; o < outputs; ++o) sums[o].store(kNothing<Acc>, std::memory_order_relaxed);

@@ -30,6 +30,9 @@ constexpr int64_t kPiece = int64_t(kWarps<ACROSS>) * kSegmentBlocks * kRows;
 
 constexpr int kShuffled = 64;      // most groups that a thread shuffles in its own memory; above, in the scratch tensor
 
+constexpr int kNarrowest = 8;      // fewest neighbouring outputs that are read side by side: a sector of floats
+constexpr int64_t kManyTasks = 1 << 14;   // tasks that keep a GPU busy with one warp each
+
 void check(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "ordered_reduce: ", cudaGetErrorString(error));
 }
@@ -41,6 +44,7 @@ struct Rows {
   int64_t outer_stride, inner_stride, term_stride;
   int64_t terms;             // terms of an output (first pass); 0 where every task has `rows` whole rows (later passes)
   int64_t rows;              // most rows in a task
+  int lanes;                 // 32, or the next power of two where all tasks are shorter
 
   // Where a task's terms begin, and how many there are.
   __device__ int64_t locate(int64_t task, int64_t& size) const {
@@ -55,20 +59,20 @@ struct Rows {
   }
 };
 
-// The tree over rows [first, first + 8 * blocks) of one lane; x points at the group, missing rows are -0.0.
+// The tree over 8 * blocks rows of one lane; x points at the lane's first term, `left` terms before the group's end.
+// Missing rows are -0.0.
 template <class T, class Acc>
-__device__ Acc segment(const T* x, int64_t size, int64_t stride, int lane, int64_t first, int blocks) {
+__device__ Acc segment(const T* x, int64_t left, int64_t stride, int blocks) {
+  constexpr int most = kSegmentBlocks * kBlock;
+  int here = left < 0 ? 0 : left < most ? int(left) : most;
   Acc stack[4];              // kSegmentBlocks = 2^3: a binary counter in registers
   Acc sum = Acc(-0.0f);
 #pragma unroll
-  for (int b = 0; b < kSegmentBlocks; ++b) {
+  for (int b = 0; b < kSegmentBlocks; ++b, here -= kBlock) {
     if (b >= blocks) break;
     Acc v[kRows];
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      const int64_t i = (first + b * kRows + row) * kLanes + lane;
-      v[row] = i < size ? Acc(x[i * stride]) : Acc(-0.0f);
-    }
+    for (int row = 0; row < kRows; ++row, x += kLanes * stride) v[row] = row * kLanes < here ? Acc(*x) : Acc(-0.0f);
     sum = tree(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -91,24 +95,31 @@ __global__ void lane_sums(Rows r, const T* __restrict__ x, Acc* __restrict__ out
                           int blocks) {
   __shared__ Acc shared[kWarps<ACROSS>][kLanes][ACROSS ? kLanes : 1];
   const int64_t outputs = r.tasks / r.groups;
-  const int per_block = ACROSS ? 1 : kWarps<ACROSS> / segments;   // tasks that share a block
   const int64_t columns = (outputs + kLanes - 1) / kLanes;
-  const int64_t jobs = (ACROSS ? columns * r.groups : (r.tasks + per_block - 1) / per_block) * pieces;
+  const int per_block = kWarps<ACROSS> / segments;                  // tasks, or columns of tasks, that share a block
+  const int64_t items = ((ACROSS ? columns * r.groups : r.tasks) + per_block - 1) / per_block;
   const int seg = threadIdx.y % segments;
-  for (int64_t job = blockIdx.x; job < jobs; job += gridDim.x) {
-    const int64_t piece = job % pieces, item = job / pieces;
-    const int64_t output = item / r.groups * kLanes + threadIdx.x;    // ACROSS only
-    const int64_t task = ACROSS ? output * r.groups + item % r.groups : item * per_block + threadIdx.y / segments;
-    const bool mine = ACROSS ? output < outputs : task < r.tasks;
+  for (int64_t job = blockIdx.x; job < items * pieces; job += gridDim.x) {   // neighbours in memory one after the other
+    const int64_t piece = ACROSS ? job / items : job % pieces;
+    const int64_t item = (ACROSS ? job % items : job / pieces) * per_block + threadIdx.y / segments;
+    const int64_t output = item % columns * kLanes + threadIdx.x;   // ACROSS only
+    const int64_t task = ACROSS ? output * r.groups + item / columns : item;
+    const bool mine = ACROSS ? output < outputs && item / columns < r.groups : task < r.tasks;
     int64_t size = 0;
     const T* terms = x;
     if (mine) terms += r.locate(task, size);
-    const int64_t first = piece * kPiece<ACROSS> + int64_t(seg) * blocks * kRows;
-    if (ACROSS) {
-      for (int lane = 0; lane < kLanes; ++lane)
-        shared[threadIdx.y][lane][threadIdx.x] = segment<T, Acc>(terms, size, r.term_stride, lane, first, blocks);
+    const int64_t first = (piece * kPiece<ACROSS> + int64_t(seg) * blocks * kRows) * kLanes;
+    if (!ACROSS) {
+      const int64_t i = first + threadIdx.x;
+      shared[threadIdx.y][threadIdx.x][0] = segment<T, Acc>(terms + i * r.term_stride, size - i, r.term_stride, blocks);
+    } else if (r.rows == 1) {
+#pragma unroll 8
+      for (int lane = 0; lane < r.lanes; ++lane)
+        shared[threadIdx.y][lane][threadIdx.x] = lane < size ? Acc(terms[lane * r.term_stride]) : Acc(-0.0f);
     } else {
-      shared[threadIdx.y][threadIdx.x][0] = segment<T, Acc>(terms, size, r.term_stride, threadIdx.x, first, blocks);
+      for (int64_t i = first; i < first + kLanes; ++i)
+        shared[threadIdx.y][i - first][threadIdx.x] =
+            segment<T, Acc>(terms + i * r.term_stride, size - i, r.term_stride, blocks);
     }
     for (int apart = 1; apart < segments; apart *= 2) {        // rows: neighbouring segments first
       __syncthreads();
@@ -121,14 +132,14 @@ __global__ void lane_sums(Rows r, const T* __restrict__ x, Acc* __restrict__ out
         }
     }
     if (pieces == 1) {                                         // lanes: halving
-      for (int half = kLanes / 2; half > 0; half /= 2) {
-        __syncthreads();
+      for (int half = r.lanes / 2; half > 0; half /= 2) {      // within one warp
+        __syncwarp();
         if (seg != 0) continue;
         if (ACROSS) {
           for (int k = 0; k < half; ++k)
             shared[threadIdx.y][k][threadIdx.x] =
                 tree(shared[threadIdx.y][k][threadIdx.x], shared[threadIdx.y][k + half][threadIdx.x]);
-        } else if (threadIdx.x < half) {
+        } else if (int(threadIdx.x) < half) {
           shared[threadIdx.y][threadIdx.x][0] =
               tree(shared[threadIdx.y][threadIdx.x][0], shared[threadIdx.y][threadIdx.x + half][0]);
         }
@@ -154,6 +165,13 @@ struct Partials {
   }
 };
 
+// kRows partial sums, loaded together; -0.0 where there are fewer.
+template <class Acc, class P>
+__device__ void load_rows(const P* p, int64_t n, int64_t stride, Acc* v) {
+#pragma unroll
+  for (int k = 0; k < kRows; ++k) v[k] = k < n ? Acc(p[k * stride]) : Acc(-0.0f);
+}
+
 template <class P, class T, class Acc>
 __global__ void combine(Partials r, P* partial, T* out, bool shuffled, bool per_output, Key key,
                         const int64_t* device_step) {
@@ -162,18 +180,21 @@ __global__ void combine(Partials r, P* partial, T* out, bool shuffled, bool per_
        o += int64_t(gridDim.x) * blockDim.x) {
     P* p = partial + r.at(o);
     const uint64_t drawn_for = per_output ? uint64_t(o) : 0;
-    Acc sum;
+    Acc sum = Acc(-0.0f);
     if (shuffled && r.groups <= kShuffled) {
       Acc v[kShuffled];
-      for (int g = 0; g < r.groups; ++g) v[g] = Acc(p[g * r.group_stride]);
+      for (int g = 0; g < r.groups; g += kRows) load_rows(p + g * r.group_stride, r.groups - g, r.group_stride, v + g);
       shuffle(v, int(r.groups), 1, key, drawn_for);
-      sum = v[0];
-      for (int g = 1; g < r.groups; ++g) sum = sum + v[g];
+      for (int g = 0; g < r.groups; ++g) sum = sum + v[g];
     } else {
       if constexpr (!std::is_const_v<P>)
         if (shuffled) shuffle(p, int(r.groups), r.group_stride, key, drawn_for);
-      sum = Acc(p[0]);
-      for (int64_t g = 1; g < r.groups; ++g) sum = sum + Acc(p[g * r.group_stride]);
+      for (int64_t g = 0; g < r.groups; g += kRows) {
+        Acc v[kRows];
+        load_rows(p + g * r.group_stride, r.groups - g, r.group_stride, v);
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) sum = sum + v[k];
+      }
     }
     out[o] = T(sum);
   }
@@ -221,28 +242,34 @@ struct Sum {
   Tensor sum_rows(Rows rows, const In* in) const {
     // A segment is a power of two of register blocks, and a task takes as many warps as it has segments.
     const int64_t needed = (std::min(rows.rows, kPiece<ACROSS>) + kRows - 1) / kRows;
+    // Rows of very many tasks are added by one warp each as far as possible: the fewer segments to put together.
     int segments = 1, blocks = 1;
-    while (segments < kWarps<ACROSS> && segments < needed) segments *= 2;
+    if (!ACROSS && rows.tasks >= kManyTasks)
+      while (blocks < kSegmentBlocks && blocks < needed) blocks *= 2;
+    while (segments < kWarps<ACROSS> && int64_t(segments) * blocks < needed) segments *= 2;
     while (int64_t(segments) * blocks < needed) blocks *= 2;
     const int64_t pieces = (rows.rows + kPiece<ACROSS> - 1) / kPiece<ACROSS>;
     const int per_block = kWarps<ACROSS> / segments;
-    const int64_t items = ACROSS ? (r.outputs() + kLanes - 1) / kLanes * r.groups
-                                 : (rows.tasks + per_block - 1) / per_block;
+    const int64_t items = ((ACROSS ? (r.outputs() + kLanes - 1) / kLanes * r.groups : rows.tasks) + per_block - 1) /
+                          per_block;
     Tensor sums = scratch(pieces == 1 ? rows.tasks : rows.tasks * pieces * kLanes);
     Acc* to = static_cast<Acc*>(sums.mutable_data_ptr());
-    lane_sums<In, Acc, ACROSS><<<grid(items * pieces), dim3(kLanes, ACROSS ? segments : kWarps<ACROSS>), 0, stream>>>(
+    lane_sums<In, Acc, ACROSS><<<grid(items * pieces), dim3(kLanes, kWarps<ACROSS>), 0, stream>>>(
         rows, in, to, pieces, segments, blocks);
     check(cudaGetLastError());
     if (pieces == 1) return sums;
-    rows.terms = 0, rows.rows = pieces, rows.term_stride = 1;
+    rows.terms = 0, rows.rows = pieces, rows.term_stride = 1;   // rows.lanes is 32, or there were no pieces
     return sum_rows<false, Acc>(rows, to);
   }
 
   Tensor partials() const {
+    const int64_t longest = Groups(r.terms, r.groups).longest();
+    int lanes = 1;
+    while (lanes < kLanes && lanes < longest) lanes *= 2;
     const Rows rows{r.outputs() * r.groups, r.inner, r.groups, r.outer_stride, r.inner_stride, r.term_stride, r.terms,
-                    (Groups(r.terms, r.groups).longest() + kLanes - 1) / kLanes};
+                    (longest + kLanes - 1) / kLanes, lanes};
     const T* terms = static_cast<const T*>(x.const_data_ptr());
-    const bool across = r.inner_stride == 1 && r.term_stride != 1 && r.inner >= kLanes;
+    const bool across = r.inner_stride == 1 && r.term_stride != 1 && r.inner >= kNarrowest;
     return across ? sum_rows<true>(rows, terms) : sum_rows<false>(rows, terms);
   }
 

@@ -14,7 +14,7 @@ from setuptools import setup
 
 
 def toolkit():
-    """The folder of the CUDA toolkit, or None. nvcc on PATH may be a wrapper, so nvcc itself is asked where it lives."""
+    """The folder of the CUDA toolkit, or None. nvcc on PATH may be a wrapper, so it is asked where it lives."""
     if os.environ.get("CUDA_HOME"):
         return os.environ["CUDA_HOME"]
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")

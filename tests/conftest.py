@@ -2,10 +2,9 @@ import pathlib
 import subprocess
 import sys
 
+import ordered_reduce
 import pytest
 import torch
-
-import ordered_reduce
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))   # constnet, common

@@ -41,8 +41,9 @@ def test_architecture_is_the_papers():
     assert [block.conv.stride[0] for block in blocks] == [1] * 4 + [2, 1, 1, 1] * 2
     assert [i for i, block in enumerate(blocks) if block.shortcut is not None] == [0, 4, 8]
     assert model.stem.out_channels == 16 and model.head.in_features == 640
-    # The step at width 10 costs 144 PFLOP / (200 epochs * 50,000 images): see the count in the README of results.
-    assert sum(parameter.numel() for parameter in model.parameters()) == 16_922_858
+    convolutions = 3 * 16 * 9 + sum(a * b * 10 + 3 * b * b * 9 for a, b in ((16, 160), (160, 320), (320, 640)))
+    norms, head = 2 * (16 + 4 * 160 + 4 * 320 + 3 * 640), 641 * 10
+    assert sum(parameter.numel() for parameter in model.parameters()) == convolutions + norms + head
 
 
 @pytest.mark.parametrize("channels,size", [(1, 8), (1, 28), (3, 32), (3, 65)])

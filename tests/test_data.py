@@ -103,7 +103,7 @@ def test_image_folder(tmp_path, capsys, mode, channels):
             for i in range(n):
                 pixels = random.integers(0, 256, (12, 10, 3)[: 3 if mode == "RGB" else 2], dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
-    images, labels, test_images, test_labels, classes = common.load_data("imagefolder", tmp_path)
+    images, labels, test_images, _, classes = common.load_data("imagefolder", tmp_path)
     assert images.shape == (12, channels, 12, 10) and test_images.shape == (6, channels, 12, 10) and classes == 2
     assert labels.tolist() == [0] * 6 + [1] * 6
     last = np.asarray(Image.open(tmp_path / "test" / "dog" / "2.png")).reshape(12, 10, channels).transpose(2, 0, 1)

@@ -2,13 +2,12 @@
 
 import copy
 
+import ordered_reduce
 import pytest
 import reference
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-import ordered_reduce
 
 ORDERS = ["fixed", "shuffled", "atomic", "native"]
 

@@ -41,7 +41,8 @@ def _conv2d_weight_partials(grad, x, weight, stride, padding, dilation, groups, 
     if batch % G == 0 and not x.is_cuda and grad.numel() // G * weight[0].numel() < 1 << 23:
 
         def beside(t):
-            return t.reshape(G, batch // G, *t.shape[1:]).transpose(0, 1).reshape(batch // G, G * t.shape[1], *t.shape[2:])
+            t = t.reshape(G, batch // G, *t.shape[1:]).transpose(0, 1)
+            return t.reshape(batch // G, G * t.shape[2], *t.shape[3:])
 
         shape_alone = weight.new_empty(G * weight.shape[0], *weight.shape[1:])   # its values are not used
         return weight_gradient(beside(grad), beside(x), shape_alone, G * groups).view(G, *weight.shape)

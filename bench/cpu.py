@@ -1,0 +1,110 @@
+"""Speed on the CPU, as ratios measured in one run: `sum` against torch.sum, a Constnet step against PyTorch's own.
+
+    python bench/cpu.py [--out results/bench/cpu.json]      # about 5 minutes on two cores, 1.1 GB
+
+The two sides of a ratio alternate, and the ratio is the median of the pairs' ratios, so that a machine that slows down
+for a while slows both. Reach: sum at least 0.9 of torch.sum's throughput, a step at most 1.25 times native's, the
+symmetry measures at most 5 % of a step.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import ordered_reduce
+
+import common
+import constnet
+
+
+def compare(ours, theirs, seconds=3.0):
+    """Median over pairs of time(theirs) / time(ours), and both median times."""
+    pairs = []
+    for _ in range(3):
+        ours(), theirs()
+    end = time.perf_counter() + seconds
+    while len(pairs) < 7 or (time.perf_counter() < end and len(pairs) < 2000):
+        started = time.perf_counter()
+        ours()
+        between = time.perf_counter()
+        theirs()
+        pairs.append((between - started, time.perf_counter() - between))
+    return statistics.median(b / a for a, b in pairs), *map(statistics.median, zip(*pairs, strict=True))
+
+
+def sums():
+    rows = []
+    for exponent in range(20, 29, 2):
+        x = torch.randn(1 << exponent)
+        square = x.view(1 << exponent // 2, -1)
+        for name, terms, dim in (("whole", x, None), ("rows", square, 1), ("columns", square, 0)):
+            ratio, ours, theirs = compare(lambda: ordered_reduce.sum(terms, dim),
+                                          lambda: terms.sum() if dim is None else terms.sum(dim))
+            rows.append({"what": f"sum fixed, 2^{exponent}, {name}", "throughput_of_torch_sum": round(ratio, 3),
+                         "microseconds": round(ours * 1e6, 1), "torch_microseconds": round(theirs * 1e6, 1)})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def steps():
+    rows = []
+    for dataset, size in (("digits", 8), ("fashion-mnist", 28)):
+        args = constnet.parse_arguments(["--dataset", dataset])
+        torch.manual_seed(0)
+        x, y = torch.randn(args.batch_size, 1, size, size), torch.randint(0, 10, (args.batch_size,))
+        model = constnet.Constnet(1, 10, args.blocks, args.widen)
+        constnet.initialise(model, "")
+        policy = ordered_reduce.convert(model, splits=args.splits)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+        def step(order):
+            policy.now = order
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        for order in ("fixed", "shuffled", "atomic"):
+            ratio, ours, theirs = compare(lambda: step(order), lambda: step("native"), seconds=20)
+            rows.append({"what": f"step {order}, {dataset} size, G = {args.splits}",
+                         "times_native": round(1 / ratio, 3),
+                         "milliseconds": round(ours * 1e3, 2), "native_milliseconds": round(theirs * 1e3, 2)})
+            print(rows[-1], flush=True)
+
+        symmetry = constnet.Symmetry(model)
+        symmetry.watch(0)
+
+        def watched(n=32):
+            for _ in range(n):
+                step("shuffled")
+                symmetry.measure({})
+            symmetry.flush()
+
+        def unwatched(n=32):
+            for _ in range(n):
+                step("shuffled")
+
+        ratio, ours, theirs = compare(watched, unwatched, seconds=30)
+        rows.append({"what": f"symmetry measures, {dataset} size", "share_of_a_step": round(1 / ratio - 1, 4)})
+        print(rows[-1], flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, default="results/bench/cpu.json")
+    parser.add_argument("--only", choices=("sums", "steps"), help="default: both")
+    args = parser.parse_args()
+    result = {**common.environment(torch.device("cpu"))}
+    for part in (steps, sums):
+        if args.only in (None, part.__name__):
+            result[part.__name__] = part()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
