@@ -382,7 +382,7 @@ def evaluate(model, images, labels, normalise, autocast):
 
 
 class Diverged(Exception):
-    pass
+    """What happened, and the rows of metrics.csv so far."""
 
 
 def train(args, order, seed, data, state, save, progress):
@@ -434,59 +434,56 @@ def train(args, order, seed, data, state, save, progress):
                 "first_broken": symmetry.first_broken}
 
     started = saved = time.perf_counter()
-    try:
-        while step < args.epochs * steps_per_epoch:
-            epoch, within = divmod(step, steps_per_epoch)
-            if within == 0 or state is not None:
-                generator = torch.Generator().manual_seed(draw(seed, epoch, "data"))
-                data_order, state = torch.randperm(len(labels), generator=generator).to(device), None
-            if args.augment or args.mixup or args.dropout:
-                torch.manual_seed(draw(seed, step, "step"))
-            chosen = data_order[within * batch:(within + 1) * batch]
-            x, y = images[chosen], labels[chosen]
-            x = normalise(augment(x) if args.augment else x)
-            with autocast():
-                if args.mixup:
-                    share = float(torch.distributions.Beta(args.mixup, args.mixup).sample())
-                    other = torch.randperm(batch)
-                    logits = model(share * x + (1 - share) * x[other]).float()
-                    loss = share * F.cross_entropy(logits, y) + (1 - share) * F.cross_entropy(logits, y[other])
-                else:
-                    logits = model(x).float()
-                    loss = F.cross_entropy(logits, y)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args, step / steps_per_epoch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            policy.step()
-            step += 1
-            losses.append(loss.detach())
-            progress.update()
+    while step < args.epochs * steps_per_epoch:
+        epoch, within = divmod(step, steps_per_epoch)
+        if within == 0 or state is not None:
+            generator = torch.Generator().manual_seed(draw(seed, epoch, "data"))
+            data_order, state = torch.randperm(len(labels), generator=generator).to(device), None
+        if args.augment or args.mixup or args.dropout:
+            torch.manual_seed(draw(seed, step, "step"))
+        chosen = data_order[within * batch:(within + 1) * batch]
+        x, y = images[chosen], labels[chosen]
+        x = normalise(augment(x) if args.augment else x)
+        with autocast():
+            if args.mixup:
+                share = float(torch.distributions.Beta(args.mixup, args.mixup).sample())
+                other = torch.randperm(batch)
+                logits = model(share * x + (1 - share) * x[other]).float()
+                loss = share * F.cross_entropy(logits, y) + (1 - share) * F.cross_entropy(logits, y[other])
+            else:
+                logits = model(x).float()
+                loss = F.cross_entropy(logits, y)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step / steps_per_epoch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        policy.step()
+        step += 1
+        losses.append(loss.detach())
+        progress.update()
 
-            symmetry.watch(step)
-            last_of_epoch = step % steps_per_epoch == 0
-            if step <= STEPS_WATCHED or last_of_epoch:
-                row = {"arm": order, "seed": seed, "step": step, "epoch": step / steps_per_epoch,
-                       "lr": optimizer.param_groups[0]["lr"]}
-                symmetry.measure(row)
-                if step <= STEPS_WATCHED:
-                    row["train_loss"] = float(losses[-1])
-                if last_of_epoch:
-                    row["epoch_train_loss"] = float(sum(losses)) / len(losses)
-                    tested = evaluate(model, test_images, test_labels, normalise, autocast)
-                    row["test_loss"], row["test_accuracy"] = tested
-                    losses.clear()
-                    progress.set_postfix(test=f"{row['test_accuracy']:.1f} %", refresh=False)
-                rows.append(row)
-                if not math.isfinite(row.get("epoch_train_loss", row.get("train_loss", 0.0))):
-                    raise Diverged(f"the loss of arm {order}, seed {seed} is not finite at step {step}")
-            if last_of_epoch or time.perf_counter() - saved > SAVE_SECONDS:
-                save(snapshot())
-                saved = time.perf_counter()
-    except (KeyboardInterrupt, Diverged):
-        save(snapshot())
-        raise
+        symmetry.watch(step)
+        last_of_epoch = step % steps_per_epoch == 0
+        if step <= STEPS_WATCHED or last_of_epoch:
+            row = {"arm": order, "seed": seed, "step": step, "epoch": step / steps_per_epoch,
+                   "lr": optimizer.param_groups[0]["lr"]}
+            symmetry.measure(row)
+            if step <= STEPS_WATCHED:
+                row["train_loss"] = float(losses[-1])
+            if last_of_epoch:
+                row["epoch_train_loss"] = sum(map(float, losses)) / len(losses)
+                tested = evaluate(model, test_images, test_labels, normalise, autocast)
+                row["test_loss"], row["test_accuracy"] = tested
+                losses.clear()
+                progress.set_postfix(test=f"{row['test_accuracy']:.1f} %", refresh=False)
+            rows.append(row)
+            if not math.isfinite(row.get("epoch_train_loss", row.get("train_loss", 0.0))):
+                symmetry.flush()
+                raise Diverged(f"the loss of arm {order}, seed {seed} is not finite at step {step}", rows)
+        if last_of_epoch or time.perf_counter() - saved > SAVE_SECONDS:
+            save(snapshot())
+            saved = time.perf_counter()
     symmetry.flush()
     seconds += time.perf_counter() - started
     bits = hashlib.sha256()
@@ -523,7 +520,8 @@ def draw_figure(rows, summary, path):
     arms = list(dict.fromkeys(arm["order"] for arm in summary))
     for number, arm in enumerate(summary):
         mine = [row for row in rows if row["arm"] == arm["order"] and int(row["seed"]) == arm["seed"]]
-        style = {"color": f"C{arms.index(arm['order'])}",
+        which = arms.index(arm["order"])
+        style = {"color": f"C{which}", "linestyle": ("-", "--", ":", "-.")[which],
                  "label": arm["order"] if arm["order"] not in [other["order"] for other in summary[:number]] else None}
         tested = [row for row in mine if row.get("test_accuracy") not in ("", None)]
         accuracy.plot([int(row["step"]) for row in tested], [float(row["test_accuracy"]) for row in tested], **style)
@@ -541,6 +539,7 @@ def draw_figure(rows, summary, path):
     spread.set(xlabel="step", title="spread of a layer's filters, |W - mean| / |W|, largest")
     filters.set(title="distinct filters at the end", xticks=range(len(layers)))
     filters.set_yscale("log", base=2)
+    filters.yaxis.set_major_formatter("{x:.0f}")
     filters.set_xticklabels([layer.replace("stages.", "") for layer in layers], rotation=90, fontsize=6)
     accuracy.legend()
     common.save_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
@@ -624,8 +623,10 @@ def main(argv=None):
                 save(None)
                 common.write_json(out / "summary.json", done["summary"])
     except Diverged as error:
-        print(f"constnet.py: diverged: {error}; try a smaller --lr (was {args.lr}); metrics so far: {out}/metrics.csv",
-              file=sys.stderr)
+        message, rows = error.args
+        common.write_csv(out / "metrics.csv", done["rows"] + rows)
+        print(f"constnet.py: diverged: {message}; try a smaller --lr (was {args.lr}); metrics so far: "
+              f"{out}/metrics.csv", file=sys.stderr)
         status = 3
     except KeyboardInterrupt:
         print(f"\nconstnet.py: interrupted; continue with the same arguments and --resume --out {out}", file=sys.stderr)

@@ -35,10 +35,15 @@ def _conv2d_weight_partials(grad, x, weight, stride, padding, dilation, groups, 
         return torch.ops.aten.convolution_backward(grad, x, weight, None, stride, padding, dilation, False, [0, 0],
                                                    groups, [False, True, False])[1]
 
+    if weight.shape[2:] == (1, 1) and padding == [0, 0] and groups == 1:   # a matrix product: every pixel is a row
+        x = x[:, :, ::stride[0], ::stride[1]]
+        return _linear_weight_partials(grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), splits)[..., None, None]
     batch, G = x.shape[0], max(1, min(splits, x.shape[0]))
     # A library call on a CPU costs a fifth of a millisecond whatever its size. Small partial gradients are therefore
-    # taken in one call, as a convolution whose channel groups are the groups of samples.
-    if batch % G == 0 and not x.is_cuda and grad.numel() // G * weight[0].numel() < 1 << 23:
+    # taken in one call, as a convolution whose channel groups are the groups of samples. (Thin ones only where they are
+    # tiny: oneDNN cuts a thin one up by the number of threads, and the bits would depend on it.)
+    small = grad.numel() // G * weight[0].numel() < 1 << (23 if x.shape[1] >= 16 else 19)
+    if small and batch % G == 0 and not x.is_cuda:
 
         def beside(t):
             t = t.reshape(G, batch // G, *t.shape[1:]).transpose(0, 1)
