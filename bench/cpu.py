@@ -1,4 +1,5 @@
-"""Speed on the CPU, as ratios measured in one run: `sum` against torch.sum, a Constnet step against PyTorch's own.
+"""Speed on the CPU, as ratios measured in one run: `sum` against torch.sum, a Constnet step against PyTorch's own; and
+which kernels' bits depend on the number of threads.
 
     python bench/cpu.py [--out results/bench/cpu.json]      # about 5 minutes on two cores, 1.1 GB
 
@@ -97,13 +98,41 @@ def steps():
     return rows
 
 
+def threads():
+    """Which parts of a Constnet step give other bits with one thread than with all: what --resume on another machine,
+    or OMP_NUM_THREADS, can change."""
+    rows, many = [], torch.get_num_threads()
+    for channels, size in ((1, 8), (1, 28), (3, 32)):
+        torch.manual_seed(0)
+        x, y = torch.randn(64, channels, size, size), torch.randint(0, 10, (64,))
+        model = constnet.Constnet(channels, 10)
+        constnet.initialise(model, "")
+        policy = ordered_reduce.convert(model)
+        for order in ("fixed", "shuffled", "native"):
+            policy.now, runs = order, []
+            for number in (1, many):
+                torch.set_num_threads(number)
+                seen = {}
+                model.zero_grad()
+                for name, module in model.named_modules():
+                    if not list(module.children()):
+                        module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out.detach()}))
+                F.cross_entropy(model(x), y).backward()
+                runs.append({**seen, **{f"{name}.grad": p.grad.clone() for name, p in model.named_parameters()}})
+            differ = [name for name in runs[0] if not torch.equal(runs[0][name], runs[1][name])]
+            rows.append({"what": f"{channels} x {size} x {size} images, {order}", "threads": [1, many],
+                         "tensors": len(runs[0]), "other_bits": differ})
+            print(rows[-1], flush=True)
+    return rows
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default="results/bench/cpu.json")
-    parser.add_argument("--only", choices=("sums", "steps"), help="default: both")
+    parser.add_argument("--only", choices=("threads", "steps", "sums"), help="default: all")
     args = parser.parse_args()
     result = {**common.environment(torch.device("cpu"))}
-    for part in (steps, sums):
+    for part in (threads, steps, sums):
         if args.only in (None, part.__name__):
             result[part.__name__] = part()
     args.out.parent.mkdir(parents=True, exist_ok=True)

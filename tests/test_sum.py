@@ -1,6 +1,7 @@
 """`ordered_reduce.sum` is its definition, and has the properties that the definition promises."""
 
 import math
+import shutil
 
 import ordered_reduce
 import pytest
@@ -278,8 +279,10 @@ def test_gradients(device, dim, keepdim):
     assert torch.autograd.gradcheck(f, (x,)) and torch.autograd.gradgradcheck(f, (x,))
 
 
-def test_compiles_without_graph_breaks(device):
-    @torch.compile(fullgraph=True, backend="aot_eager")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(
+    shutil.which("g++") is None, reason="inductor needs a C++ compiler"))])
+def test_compiles_without_graph_breaks(device, backend):
+    @torch.compile(fullgraph=True, backend=backend)
     def f(x, step):
         return ordered_reduce.sum(x * 2, 0, order="shuffled", step=step) + ordered_reduce.sum(x, (0, 1), True)
 
