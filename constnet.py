@@ -40,8 +40,8 @@ SAVE_SECONDS = 30     # within an epoch a checkpoint is written when the last on
 # on); elsewhere one that a CPU finishes in minutes.
 SMALL = dict(epochs=1, batch_size=64, lr=0.2, weight_decay=5e-4, widen=1, schedule="cosine", mixup=0.0, augment=False)
 PAPER = dict(epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, widen=10, schedule="step", mixup=1.0, augment=True)
-DEFAULTS = {"digits": {**SMALL, "epochs": 22}, "mnist": SMALL, "fashion-mnist": SMALL, "cifar10": PAPER,
-            "cifar100": PAPER, "imagefolder": {**SMALL, "augment": True}}
+DEFAULTS = {"digits": {**SMALL, "epochs": 22}, "mnist": SMALL, "fashion-mnist": {**SMALL, "lr": 0.05},
+            "cifar10": PAPER, "cifar100": PAPER, "imagefolder": {**SMALL, "lr": 0.02, "augment": True}}
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -524,7 +524,8 @@ def draw_figure(rows, summary, path):
         style = {"color": f"C{which}", "linestyle": ("-", "--", ":", "-.")[which],
                  "label": arm["order"] if arm["order"] not in [other["order"] for other in summary[:number]] else None}
         tested = [row for row in mine if row.get("test_accuracy") not in ("", None)]
-        accuracy.plot([int(row["step"]) for row in tested], [float(row["test_accuracy"]) for row in tested], **style)
+        accuracy.plot([int(row["step"]) for row in tested], [float(row["test_accuracy"]) for row in tested], marker=".",
+                      **style)
         layers = arm["symmetry"]["distinct_filters"]
         largest = [max(float(row[f"spread/{layer}"]) for layer in layers) for row in mine]
         spread.plot([int(row["step"]) for row in mine], [value or math.nan for value in largest], **style)

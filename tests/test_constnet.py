@@ -263,11 +263,11 @@ def test_another_configuration_and_broken_checkpoints_are_refused(tmp_path, run)
     assert run("constnet.py", *QUICK, "--out", tmp_path / "a").returncode == 0
     files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     again = run("constnet.py", *QUICK, "--out", tmp_path / "a")
-    other = run("constnet.py", *QUICK, "--lr", 0.2, "--resume", "--out", tmp_path / "a")
+    other = run("constnet.py", *QUICK, "--lr", 0.3, "--resume", "--out", tmp_path / "a")
     (tmp_path / "a" / "checkpoint.pt").write_bytes(files["checkpoint.pt"][:5000])
     truncated = run("constnet.py", *QUICK, "--resume", "--out", tmp_path / "a")
     (tmp_path / "a" / "checkpoint.pt").write_bytes(files["checkpoint.pt"])
-    for done, named in ((again, "--out"), (other, "--lr 0.1"), (truncated, "checkpoint.pt")):
+    for done, named in ((again, "--out"), (other, "--lr 0.2"), (truncated, "checkpoint.pt")):
         assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     done = run("constnet.py", *QUICK, "--resume", "--out", tmp_path / "a")     # nothing left to do: the same results
