@@ -1,7 +1,7 @@
 """Speed on the CPU, as ratios measured in one run: `sum` against torch.sum, a Constnet step against PyTorch's own; and
 which kernels' bits depend on the number of threads.
 
-    python bench/cpu.py [--out results/bench/cpu.json]      # about 5 minutes on two cores, 1.1 GB
+    python bench/cpu.py [--out results/bench/cpu.json]      # about 3 minutes on two cores, 1.1 GB
 
 The two sides of a ratio alternate, and the ratio is the median of the pairs' ratios, so that a machine that slows down
 for a while slows both. Reach: sum at least 0.9 of torch.sum's throughput, a step at most 1.25 times native's, the
@@ -73,7 +73,7 @@ def steps():
             optimizer.step()
 
         for order in ("fixed", "shuffled", "atomic"):
-            ratio, ours, theirs = compare(lambda: step(order), lambda: step("native"), seconds=20)
+            ratio, ours, theirs = compare(lambda: step(order), lambda: step("native"), seconds=12)
             rows.append({"what": f"step {order}, {dataset} size, G = {args.splits}",
                          "times_native": round(1 / ratio, 3),
                          "milliseconds": round(ours * 1e3, 2), "native_milliseconds": round(theirs * 1e3, 2)})
@@ -92,7 +92,7 @@ def steps():
             for _ in range(n):
                 step("shuffled")
 
-        ratio, ours, theirs = compare(watched, unwatched, seconds=30)
+        ratio, ours, theirs = compare(watched, unwatched, seconds=15)
         rows.append({"what": f"symmetry measures, {dataset} size", "share_of_a_step": round(1 / ratio - 1, 4)})
         print(rows[-1], flush=True)
     return rows
