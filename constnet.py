@@ -40,7 +40,7 @@ SAVE_SECONDS = 30     # within an epoch a checkpoint is written when the last on
 # on); elsewhere one that a CPU finishes in minutes.
 SMALL = dict(epochs=1, batch_size=64, lr=0.2, weight_decay=5e-4, widen=1, schedule="cosine", mixup=0.0, augment=False)
 PAPER = dict(epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, widen=10, schedule="step", mixup=1.0, augment=True)
-DEFAULTS = {"digits": {**SMALL, "epochs": 20}, "mnist": SMALL, "fashion-mnist": {**SMALL, "lr": 0.05},
+DEFAULTS = {"digits": {**SMALL, "epochs": 24}, "mnist": SMALL, "fashion-mnist": {**SMALL, "lr": 0.05},
             "cifar10": PAPER, "cifar100": PAPER, "imagefolder": {**SMALL, "lr": 0.02, "augment": True}}
 
 

@@ -25,7 +25,7 @@ import common
 import constnet
 
 
-def compare(ours, theirs, seconds=3.0):
+def compare(ours, theirs, seconds=2.0):
     """Median over pairs of time(theirs) / time(ours), and both median times."""
     pairs = []
     for _ in range(3):

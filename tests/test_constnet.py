@@ -186,23 +186,22 @@ def test_window_scope_and_layers_place_the_noise(tmp_path, run):
 
 
 def test_kill_and_resume_ends_with_the_same_bits(tmp_path, run):
-    arguments = ("--order", "fixed", "shuffled", "--epochs", 6, "--batch-size", 200, "--seed", 0, 1)
+    arguments = ("--order", "fixed", "shuffled", "--epochs", 10, "--batch-size", 200, "--seed", 0, 1)
     assert run("constnet.py", *arguments, "--out", tmp_path / "whole").returncode == 0
     command = [sys.executable, str(ROOT / "constnet.py"), *map(str, arguments), "--out", str(tmp_path / "cut")]
-    waits, kills = random.Random(0), 0
-    for attempt in range(60):
-        process = subprocess.Popen(command + ["--resume"] * (tmp_path / "cut" / "config.json").exists(),
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        try:
-            _, errors = process.communicate(timeout=waits.uniform(5, 9) if attempt < 6 else 300)
-        except subprocess.TimeoutExpired:
+    saved = tmp_path / "cut" / "metrics.csv"
+    for attempt in range(4):                              # three kills, each at a random moment after some progress
+        before = saved.stat().st_mtime_ns if saved.exists() else 0
+        process = subprocess.Popen(command + ["--resume"] * (attempt > 0), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True)
+        if attempt < 3:
+            while process.poll() is None and not (saved.exists() and saved.stat().st_mtime_ns > before):
+                time.sleep(0.01)
+            time.sleep(random.uniform(0, 0.5))
+            assert process.poll() is None, process.communicate()[1]
             process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-            continue
-        assert process.returncode == 0, errors
-        break
-    assert kills >= 3
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == (-signal.SIGKILL if attempt < 3 else 0), errors
     for whole, cut in zip(results(tmp_path / "whole"), results(tmp_path / "cut"), strict=True):
         for volatile in ("wall_seconds", "images_per_second"):
             whole.pop(volatile), cut.pop(volatile)
