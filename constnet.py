@@ -557,7 +557,8 @@ def log_to_tensorboard(directory, rows):
                     board.add_scalar(f"{key}/{row['arm']}/seed{row['seed']}", value, row["step"])
 
 
-def plot_only(directory):
+def report(directory):
+    """Figure and table of a run from its files, so that they can be had again at any time."""
     directory = pathlib.Path(directory)
     try:
         summary = json.loads((directory / "summary.json").read_text())
@@ -572,7 +573,7 @@ def plot_only(directory):
 def main(argv=None):
     args = parse_arguments(argv)
     if args.plot_only:
-        return plot_only(args.plot_only)
+        return report(args.plot_only)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     *tensors, classes = common.load_data(args.dataset, args.data_dir, args.image_size)
     data = [tensor.to(args.device) for tensor in tensors] + [classes]
@@ -633,8 +634,7 @@ def main(argv=None):
         print(f"\nconstnet.py: interrupted; continue with the same arguments and --resume --out {out}", file=sys.stderr)
         status = 130
     if done["summary"]:
-        draw_figure(done["rows"], done["summary"], out / "constnet.png")
-        print_table(done["summary"])
+        report(out)
         print(f"\n{out}/: constnet.png, metrics.csv, summary.json, config.json, checkpoint.pt")
     return status
 

@@ -151,7 +151,8 @@ def test_the_order_alone_decides(tmp_path, run):
     before = (tmp_path / "a" / "constnet.png").read_bytes()
     (tmp_path / "a" / "constnet.png").unlink()
     assert run("constnet.py", "--plot-only", tmp_path / "a").returncode == 0
-    assert (tmp_path / "a" / "constnet.png").read_bytes() == before
+    same = (tmp_path / "a" / "constnet.png").read_bytes() == before
+    assert same
 
 
 @pytest.mark.parametrize("arguments", [("--order", "shuffled"), ("--order", "fixed", "--dropout", 0.1, "--mixup", 1),
@@ -206,7 +207,8 @@ def test_kill_and_resume_ends_with_the_same_bits(tmp_path, run):
         for volatile in ("wall_seconds", "images_per_second"):
             whole.pop(volatile), cut.pop(volatile)
         assert whole == cut
-    assert (tmp_path / "whole" / "metrics.csv").read_bytes() == (tmp_path / "cut" / "metrics.csv").read_bytes()
+    same = (tmp_path / "whole" / "metrics.csv").read_bytes() == (tmp_path / "cut" / "metrics.csv").read_bytes()
+    assert same
 
 
 def test_interrupt_keeps_the_checkpoint(tmp_path, run):
@@ -268,7 +270,8 @@ def test_another_configuration_and_broken_checkpoints_are_refused(tmp_path, run)
     (tmp_path / "a" / "checkpoint.pt").write_bytes(files["checkpoint.pt"])
     for done, named in ((again, "--out"), (other, "--lr 0.2"), (truncated, "checkpoint.pt")):
         assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert files == {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    same = files == {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    assert same
     done = run("constnet.py", *QUICK, "--resume", "--out", tmp_path / "a")     # nothing left to do: the same results
     assert done.returncode == 0 and (tmp_path / "a" / "summary.json").read_bytes() == files["summary.json"]
 
