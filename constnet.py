@@ -523,7 +523,7 @@ def draw_figure(rows, summary, path):
         which = arms.index(arm["order"])
         style = {"color": f"C{which}", "linestyle": ("-", "--", ":", "-.")[which],
                  "label": arm["order"] if arm["order"] not in [other["order"] for other in summary[:number]] else None}
-        tested = [row for row in mine if row.get("test_accuracy") not in ("", None)]
+        tested = [row for row in mine if row["test_accuracy"]]
         accuracy.plot([int(row["step"]) for row in tested], [float(row["test_accuracy"]) for row in tested], marker=".",
                       **style)
         layers = arm["symmetry"]["distinct_filters"]
