@@ -8,6 +8,7 @@
 #include <bit>
 #include <memory>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -57,9 +58,34 @@ INLINE void add_rows(int rows, const T* const (&row)[kRows], int width, Acc* sum
   }
 }
 
+// The 32 lane sums of ROWS full rows, read from front to back, which memory serves fastest: two rows at a time.
+template <int ROWS, class T>
+INLINE void full_rows(const T* x, T* lanes) {
+  typedef T Vector __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));
+  constexpr int kVectors = 4, kWidth = 32 / sizeof(T);   // at a time; three times as many fit into the registers
+  for (int l = 0; l < kLanes; l += kVectors * kWidth) {
+    Vector a[kVectors], b[kVectors], c[kVectors];
+    const auto pair = [&](int row, Vector* sum) {
+      const Vector* first = reinterpret_cast<const Vector*>(x + row * kLanes + l);
+      const Vector* second = reinterpret_cast<const Vector*>(x + (row + 1) * kLanes + l);
+      for (int v = 0; v < kVectors; ++v) sum[v] = first[v] + second[v];
+      std::atomic_signal_fence(std::memory_order_seq_cst);   // or the compiler mixes the rows
+    };
+    const auto add = [](Vector* sum, const Vector* other) {
+      for (int v = 0; v < kVectors; ++v) sum[v] += other[v];
+    };
+    pair(0, a);
+    if constexpr (ROWS >= 4) pair(2, b), add(a, b);
+    if constexpr (ROWS == 8) pair(4, b), pair(6, c), add(b, c), add(a, b);
+    for (int v = 0; v < kVectors; ++v) reinterpret_cast<Vector*>(lanes + l)[v] = a[v];
+  }
+}
+
 // The 32 lane sums of at most ROWS * kLanes contiguous terms of one output.
 template <int ROWS, class T, class Acc>
 INLINE void contiguous_rows(const T* x, int64_t n, Acc* lanes) {
+  if constexpr (ROWS > 1 && std::is_same_v<T, Acc>)
+    if (n == ROWS * kLanes) return full_rows<ROWS>(x, lanes);
   const T* row[kRows] = {};
   T padded[ROWS * kLanes];
   if (n != ROWS * kLanes) {
@@ -84,20 +110,21 @@ INLINE void contiguous_blocks(const T* x, int64_t n, Acc* lanes) {
   if (n <= kBlock) return contiguous_block(x, n, lanes);
   alignas(64) Acc sums[kBlocks][kLanes];
   const Acc* row[kBlocks];
-  const int blocks = int((n + kBlock - 1) / kBlock), wanted = next_power_of_two(blocks);
-  for (int b = 0; b < blocks; ++b) contiguous_block(x + b * kBlock, std::min<int64_t>(kBlock, n - b * kBlock), sums[b]);
+  const int whole = int(n / kBlock), blocks = int((n + kBlock - 1) / kBlock), wanted = next_power_of_two(blocks);
+  for (int b = 0; b < whole; ++b) contiguous_rows<kRows>(x + b * kBlock, kBlock, sums[b]);
+  if (whole < blocks) contiguous_block(x + whole * kBlock, n - whole * kBlock, sums[whole]);
   for (int b = blocks; b < wanted; ++b) std::fill(sums[b], sums[b] + kLanes, kNothing<Acc>);
   for (int b = 0; b < kBlocks; ++b) row[b] = sums[b];
   add_rows(wanted, row, kLanes, lanes);
 }
 
-// The sum of 32 lanes, by halving.
+// The sum of 32 lanes, by halving; the last four in registers.
 template <class Acc>
 INLINE Acc add_lanes(Acc* lanes) {
-#pragma GCC unroll 5
-  for (int half = kLanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 3
+  for (int half = kLanes / 2; half > 2; half /= 2)
     for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  return lanes[0];
+  return tree(tree(lanes[0], lanes[2]), tree(lanes[1], lanes[3]));
 }
 
 // The lowest levels, three at most, of the tree over `terms` terms, a power of two: the sum of leaf 0 ... count - 1,

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "ops.h"
@@ -31,24 +30,34 @@ std::vector<Axis> merge(const std::vector<Axis>& axes) {
   return merged;
 }
 
+// A contiguous tensor with the dtype and device of x; past the dispatcher, which takes longer than a small sum.
+Tensor empty(const std::vector<int64_t>& sizes, const Tensor& x) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
+  int32_t dtype, device;
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                         device, x.get_device_index(), &out));
+  return Tensor(out);
+}
+
 using Launch = void (*)(const Reduction&, const Tensor&, Tensor&);
 
 template <Launch launch>
-Tensor sum(const Tensor& x, std::vector<int64_t> dim, bool keepdim, const std::string& order, int64_t splits,
-           int64_t seed, const std::optional<Tensor>& step, int64_t op, const std::string& scope) {
-  std::vector<bool> reduced(x.dim(), false);
-  for (int64_t d : dim) {
+Tensor sum(const Tensor& x, const std::optional<std::vector<int64_t>>& dim, bool keepdim, int64_t order,
+           bool per_output, int64_t splits, int64_t seed, const std::optional<Tensor>& step, int64_t op) {
+  std::vector<bool> reduced(x.dim(), !dim);
+  for (int64_t d : dim.value_or(std::vector<int64_t>())) {
     STD_TORCH_CHECK(0 <= d && d < x.dim(), "dim out of range: ", d);
     reduced[d] = true;
   }
+  STD_TORCH_CHECK(0 <= order && order <= 2, "unknown order: ", order);
   STD_TORCH_CHECK(splits >= 1, "splits must be at least 1, got ", splits);
 
   Reduction r;
-  if (order == "fixed") r.order = Order::fixed;
-  else if (order == "shuffled") r.order = Order::shuffled;
-  else if (order == "atomic") r.order = Order::atomic;
-  else STD_TORCH_CHECK(false, "unknown order: ", order);
-  r.per_output = scope == "output";
+  r.order = Order(order), r.per_output = per_output;
   r.seed = uint64_t(seed), r.op = uint32_t(op);
   r.step = 0, r.device_step = nullptr;
   if (step) {
@@ -72,7 +81,7 @@ Tensor sum(const Tensor& x, std::vector<int64_t> dim, bool keepdim, const std::s
   for (int64_t d = 0; d < x.dim(); ++d)
     if (reduced[d]) terms.push_back({x.size(d), x.stride(d)}), order_of_axes.push_back(d);
 
-  Tensor out = torch::stable::new_empty(x, sizes);
+  Tensor out = empty(sizes, x);
   if (out.numel() == 0) return out;
   if (x.numel() == 0) return torch::stable::zero_(out);
 
@@ -110,8 +119,10 @@ bool cuda_built() {
 }  // namespace ordered
 
 STABLE_TORCH_LIBRARY(ordered_reduce, m) {
-  m.def("sum(Tensor x, int[] dim, bool keepdim, str order, int splits, int seed, Tensor? step, int op, str scope)"
-        " -> Tensor");
+  m.def("sum(Tensor x, int[]? dim, bool keepdim, int order, bool per_output, int splits, int seed, Tensor? step,"
+        " int op) -> Tensor");
+  m.def("sum_forward(Tensor x, int[]? dim, bool keepdim, int order, bool per_output, int splits, int seed,"
+        " Tensor? step, int op) -> Tensor");   // the same, without the derivative that ops.py gives sum
   m.def("cuda_built() -> bool");
 }
 
@@ -121,10 +132,12 @@ STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CPU, m) {
   m.impl("sum", TORCH_BOX(&ordered::sum<ordered::sum_cpu>));
+  m.impl("sum_forward", TORCH_BOX(&ordered::sum<ordered::sum_cpu>));
 }
 
 #ifdef ORDERED_CUDA
 STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CUDA, m) {
   m.impl("sum", TORCH_BOX(&ordered::sum<ordered::sum_cuda>));
+  m.impl("sum_forward", TORCH_BOX(&ordered::sum<ordered::sum_cuda>));
 }
 #endif

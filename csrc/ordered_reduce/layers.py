@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .ops import ORDERS, check_order, sum
 
 LAYER_ORDERS = (*ORDERS, "native")
+_convolution_backward = torch.ops.aten.convolution_backward.default
 
 
 def _autocast(x, *others):
@@ -32,8 +33,8 @@ def _conv2d_weight_partials(grad, x, weight, stride, padding, dilation, groups, 
     """(G, *weight.shape): the weight gradients of G consecutive groups of samples."""
 
     def weight_gradient(grad, x, weight, groups):
-        return torch.ops.aten.convolution_backward(grad, x, weight, None, stride, padding, dilation, False, [0, 0],
-                                                   groups, [False, True, False])[1]
+        return _convolution_backward(grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
+                                     [False, True, False])[1]
 
     if weight.shape[2:] == (1, 1) and padding == [0, 0] and groups == 1:   # a matrix product: every pixel is a row
         x = x[:, :, ::stride[0], ::stride[1]]
@@ -85,8 +86,8 @@ class _Conv2d(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.conv
         used, grad_x, grad_weight, grad_bias = weight.to(x.dtype), None, None, None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.aten.convolution_backward(grad, x, used, None, stride, padding, dilation, False, [0, 0],
-                                                         groups, [True, False, False])[0]
+            grad_x = _convolution_backward(grad, x, used, None, stride, padding, dilation, False, [0, 0], groups,
+                                           [True, False, False])[0]
         if ctx.needs_input_grad[1]:
             partials = _conv2d_weight_partials(grad, x, used, stride, padding, dilation, groups, ctx.order[1])
             grad_weight = _add_partials(partials, weight, *ctx.order)

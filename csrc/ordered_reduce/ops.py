@@ -38,7 +38,9 @@ def check_order(order, splits, seed, op, scope, orders=ORDERS):
 
 
 def _dims(dim, ndim):
-    if dim is None or dim == ():
+    if isinstance(dim, int) and 0 <= dim < ndim:
+        return [dim]
+    if dim == ():
         return list(range(ndim))
     dims, low, high = [], -max(ndim, 1), max(ndim, 1) - 1
     for d in [dim] if isinstance(dim, int) else list(dim):
@@ -91,23 +93,36 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
     if x.is_cuda and not cuda_built():
         raise RuntimeError("ordered_reduce was built for the CPU alone, but x is on CUDA: put nvcc on PATH (or set "
                            "CUDA_HOME) and run `pip install -e csrc --force-reinstall --no-deps`")
-    if isinstance(step, torch.Tensor):
-        if step.device.type != "cpu" and step.device != x.device:
-            raise RuntimeError("Expected all tensors to be on the same device, but found step on "
-                               f"{step.device} and x on {x.device}")
-    else:
+    if not isinstance(step, torch.Tensor):
         step = torch.full((), step, dtype=torch.int64) if order == "shuffled" else None
-    return torch.ops.ordered_reduce.sum(x, _dims(dim, x.ndim), keepdim, order, splits, seed, step, op, scope)
+    elif step.device.type != "cpu" and step.device != x.device:
+        raise RuntimeError("Expected all tensors to be on the same device, but found step on "
+                           f"{step.device} and x on {x.device}")
+    call = _sum if x.requires_grad and torch.is_grad_enabled() else _sum_forward
+    return call(x, None if dim is None else _dims(dim, x.ndim), keepdim, ORDERS.index(order), scope == "output",
+                splits, seed, step, op)
+
+
+# One kernel under two names: PyTorch enters Python for an operator that has a derivative, which takes longer than a
+# small sum does.
+_sum, _sum_forward = torch.ops.ordered_reduce.sum.default, torch.ops.ordered_reduce.sum_forward.default
+
+
+def _kept(x, dim):
+    """The shape of the result with keepdim."""
+    return [1 if dim is None or d in dim else size for d, size in enumerate(x.shape)]
 
 
 @torch.library.register_fake("ordered_reduce::sum")
-def _(x, dim, keepdim, order, splits, seed, step, op, scope):
-    return x.new_empty([1 if d in dim else size for d, size in enumerate(x.shape) if keepdim or d not in dim])
+@torch.library.register_fake("ordered_reduce::sum_forward")
+def _(x, dim, keepdim, *order):
+    return x.new_empty(_kept(x, dim) if keepdim else [] if dim is None else
+                       [size for d, size in enumerate(x.shape) if d not in dim])
 
 
 def _setup_context(ctx, inputs, output):
     x, dim = inputs[:2]
-    ctx.shape, ctx.kept = x.shape, [1 if d in dim else size for d, size in enumerate(x.shape)]
+    ctx.shape, ctx.kept = x.shape, _kept(x, dim)
 
 
 def _backward(ctx, grad):   # every term has derivative 1, whatever the order
