@@ -1,0 +1,587 @@
+"""Replicated features: two-layer networks whose N hidden units start as copies of K features.
+
+Blumenfeld, Gilboa and Soudry, "Is Feature Diversity Necessary in Neural Network Initialization?", Section 2, Figures 1
+and 3. A network of Eq. 1, softmax(W2 relu(W1 x)), starts with the rows of Eq. 2, W1[i] = (1 - noise) * feature[i mod K]
++ noise * own[i]: unit i is a copy of feature i mod K but for the noise lambda. Does a wide network with few features
+learn as much as one with many? Figure 1 draws the test error over N for every K, with and without noise, Figure 3 its
+spread over the seeds; features.png draws what the paper argues about, the number of units that are still copies.
+
+    python mlp_replicated.py                        # digits, about a minute on two cores
+    python mlp_replicated.py --dataset mnist        # the paper's grid up to N = 256, about an hour on two cores
+    torchrun --nproc-per-node 2 mlp_replicated.py   # the seeds are shared out over processes, and GPUs
+
+All cells (N, K, noise, dropout) of a seed train together as batched matrix products, on the same batches in the same
+order; a cell's numbers do not depend on the other cells. Every run writes config.json, metrics.csv (a row per cell,
+seed and logged step), summary.json, figure1.png, figure3.png and features.png; seeds/ holds the finished seeds.
+Exit status: 0 done, 2 bad input, 3 a cell diverged (its test error is left empty), 130 interrupted (finished seeds are
+kept).
+"""
+
+import argparse
+import csv
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import pathlib
+import sys
+
+import numpy as np
+import ordered_reduce
+import torch
+from tqdm import tqdm
+
+import common
+
+TILE = 256        # hidden units of one matrix product: all products have one shape, so that no cell sees its neighbours
+SLICE = 250       # test images evaluated at a time
+GRID = ("width", "features", "noise", "dropout")   # what names a cell, in this order
+SMALL = dict(widths=[8, 16, 32, 64], seeds=10, steps=1500)
+PAPER = dict(widths=[8, 16, 32, 64, 128, 256], seeds=30, steps=7500)
+DEFAULTS = {dataset: SMALL if dataset == "digits" else PAPER for dataset in common.DATASETS}
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def parse_arguments(argv=None):
+    class Help(argparse.RawDescriptionHelpFormatter):
+        def __init__(self, prog):
+            super().__init__(prog, max_help_position=32, width=110)
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser.error = common.fail
+
+    what = parser.add_argument_group("the grid")
+    what.add_argument("--widths", type=int, nargs="+", metavar="N",
+                      help="hidden units; default: 8 16 32 64 on digits, 8 to 256 elsewhere; paper: a range not given")
+    what.add_argument("--features", type=int, nargs="+", metavar="K",
+                      help="distinct features at the start, of any number (K need not divide N); cells with K > N are "
+                           "left out; default: all powers of two")
+    what.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.01], metavar="LAMBDA",
+                      help="share in [0, 1] of its own random row in every unit's start (Eq. 2); default and paper: "
+                           "0 0.01")
+    what.add_argument("--dropout", type=float, nargs="+", default=[0.0], metavar="P",
+                      help="probabilities in [0, 1) with which hidden units are dropped: the paper's other cause of "
+                           "divergence; default and paper: 0")
+    what.add_argument("--seeds", type=int, metavar="COUNT",
+                      help="runs of every cell, seeds 0 to COUNT - 1; default: 10 on digits, 30 elsewhere; paper: 30")
+
+    how = parser.add_argument_group("data and training")
+    how.add_argument("--dataset", default="digits", metavar="NAME",
+                     help="digits (included), mnist, fashion-mnist, cifar10, cifar100 (downloaded where absent) or "
+                          "imagefolder, flattened and scaled to [0, 1]; default: digits; paper: mnist")
+    how.add_argument("--data-dir", default="downloads", metavar="DIR",
+                     help="where torchvision's data sets lie or go; for imagefolder the folder that holds "
+                          "train/<class>/ and test/<class>/; default: downloads")
+    how.add_argument("--image-size", type=int, metavar="PIXELS",
+                     help="imagefolder: resize images to this many pixels square; default: the first image's size")
+    how.add_argument("--steps", type=int, metavar="N",
+                     help="of plain SGD; default: 1500 on digits, 7500 elsewhere; paper: 7500")
+    how.add_argument("--batch-size", type=int, default=64, metavar="N",
+                     help="images; the rest of an epoch is left out; default: 64; paper: not given")
+    how.add_argument("--lr", type=float, default=0.1, metavar="RATE", help="default and paper: 0.1")
+    how.add_argument("--order", default="native", metavar="ORDER",
+                     help="of the additions in the gradient of W1: native (the matrix product's own), or fixed, "
+                          "shuffled, atomic over --splits partial gradients (slower: cell by cell); default: native")
+    how.add_argument("--splits", type=int, default=8, metavar="G",
+                     help="partial gradients of a batch with --order; must divide the batch size; default: 8")
+    how.add_argument("--device", default="auto", metavar="DEVICE",
+                     help="auto (cuda where there is one), cpu, cuda, cuda:1; default: auto")
+    how.add_argument("--memory", type=float, metavar="GIB",
+                     help="what is trained at once may take this much; default: 60 %% of a GPU's free memory, 0.15 on "
+                          "the CPU (one seed of the paper's grid at a time is the fastest: its weights stay in cache)")
+
+    files = parser.add_argument_group("files")
+    files.add_argument("--out", metavar="DIR",
+                       help="default: runs/mlp_replicated/DATASET, with -2, -3, ... where that exists")
+    files.add_argument("--resume", action="store_true",
+                       help="continue the run in --out (default: the newest): finished cells are kept, and the grid "
+                            "may have grown")
+    files.add_argument("--plot-only", metavar="DIR", help="draw the figures and print the table of a run again")
+    files.add_argument("--tensorboard", action="store_true",
+                       help="also log to DIR/tensorboard (pip install tensorboard)")
+    args = parser.parse_args(argv)
+
+    if args.dataset not in DEFAULTS:
+        common.fail(f"argument --dataset: unknown data set {args.dataset!r}; choose from {', '.join(DEFAULTS)}")
+    for name, value in DEFAULTS[args.dataset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args):
+    def need(good, option, value, valid):
+        if not good:
+            common.fail(f"argument {option}: {value} is not valid; it must be {valid}")
+
+    for name in ("widths", "features", "noise", "dropout"):
+        values = getattr(args, name) or []
+        need(len(set(values)) == len(values), f"--{name}", values, "different values")
+    need(min(args.widths) >= 1, "--widths", args.widths, "at least 1")
+    if args.features is None:
+        args.features = [1 << i for i in range(max(args.widths).bit_length())]
+    need(min(args.features) >= 1, "--features", args.features, "at least 1")
+    need(min(args.features) <= max(args.widths), "--features", args.features,
+         f"at most the largest width, {max(args.widths)}: the grid is empty")
+    need(all(0 <= noise <= 1 for noise in args.noise), "--noise", args.noise, "in [0, 1]")
+    need(all(0 <= dropout < 1 for dropout in args.dropout), "--dropout", args.dropout, "in [0, 1)")
+    for name in ("seeds", "steps", "batch_size"):
+        need(getattr(args, name) >= 1, "--" + name.replace("_", "-"), getattr(args, name), "at least 1")
+    need(args.image_size is None or args.image_size >= 1, "--image-size", args.image_size, "at least 1")
+    need(math.isfinite(args.lr) and args.lr >= 0, "--lr", args.lr, "finite and at least 0")
+    orders = ("native", "fixed", "shuffled", "atomic")
+    need(args.order in orders, "--order", repr(args.order), f"one of {', '.join(orders)}")
+    need(args.splits >= 1 and args.batch_size % args.splits == 0, "--splits", args.splits,
+         f"a divisor of the batch size, {args.batch_size}")
+    need(args.memory is None or 0 < args.memory < math.inf, "--memory", args.memory, "positive, in GiB")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(args.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        common.fail(f"argument --device: {args.device!r} cannot be used ({str(error).splitlines()[0][:100]}); try cpu")
+    need(device.type in ("cpu", "cuda"), "--device", repr(args.device), "auto, cpu or cuda")
+    need(not args.tensorboard or importlib.util.find_spec("tensorboard"), "--tensorboard", "it",
+         "installed first: pip install tensorboard")
+
+
+def grid(args):
+    """All cells with K <= N, by width."""
+    return [cell for cell in itertools.product(sorted(args.widths), sorted(args.features), args.noise, args.dropout)
+            if cell[1] <= cell[0]]
+
+
+# ------------------------------------------------------------------------------------------- initialisation, measures
+
+
+def generator(*key, device="cpu"):
+    """A stream of random numbers of its own for every key, so that no draw depends on which others were made."""
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
+    return torch.Generator(device).manual_seed(seed)
+
+
+def initial_weights(cell, seed, inputs, classes):
+    """W1 of Eq. 2 and W2, He-normal. Cells of a seed share what they can: the features (of equal K), the units' own
+    rows and W2 (of equal N), so that they compare in pairs."""
+    width, features, noise, _ = cell
+    he = math.sqrt(2 / inputs)
+    feature = he * torch.randn(features, inputs, generator=generator(seed, "features", features))
+    own = he * torch.randn(width, inputs, generator=generator(seed, "own", width))
+    w1 = (1 - noise) * feature[torch.arange(width) % features] + noise * own
+    return w1, math.sqrt(2 / width) * torch.randn(classes, width, generator=generator(seed, "second layer", width))
+
+
+def distinct_units(w1):
+    """(cells, N, inputs) -> two counts for every cell: rows that differ bitwise, and rows farther than 1e-3 of their
+    length from every row before them."""
+    multipliers = torch.randint(-1 << 62, 1 << 62, w1.shape[2:], generator=generator("hash")).to(w1.device) | 1
+    hashes = (w1.view(torch.int32) * multipliers).sum(2).sort().values   # equal rows have equal hashes
+    bitwise = 1 + (hashes[:, 1:] != hashes[:, :-1]).sum(1)
+    rows = w1.double()
+    products = rows @ rows.transpose(1, 2)
+    lengths = products.diagonal(dim1=1, dim2=2)
+    distances = lengths[:, :, None] + lengths[:, None, :] - 2 * products
+    close = distances <= 1e-6 * torch.maximum(lengths[:, :, None], lengths[:, None, :])
+    return bitwise.tolist(), (w1.shape[1] - close.tril(-1).any(2).sum(1)).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def logged_steps(steps):
+    return [0, *(10 ** i for i in range(len(str(steps))) if 10 ** i < steps), steps]
+
+
+def bytes_per_unit(inputs, batch_size):
+    """What a hidden unit takes: its weights, the copies that are made to compare them, its activations."""
+    return 12 * inputs + 12 * batch_size + 8 * SLICE
+
+
+def rooms(cells, memory_units):
+    """The cells in consecutive lists that fit, and the units each takes with its last tile filled up."""
+    lists, used = [[]], 0
+    for cell in cells:
+        if used + cell[0] > memory_units and lists[-1]:
+            lists, used = [*lists, []], 0
+        lists[-1].append(cell)
+        used += cell[0]
+    return [(cells, -(-sum(cell[0] for cell in cells) // TILE) * TILE) for cells in lists]
+
+
+@torch.no_grad()
+def train(cells, units, seeds, data, args, tick):
+    """Trains all the cells for all the seeds together; returns their rows. `data` holds flat uint8 images."""
+    x_train, y_train, x_test, y_test, classes = data
+    device, inputs, batch, S = x_train.device, x_train.shape[1], args.batch_size, len(seeds)
+    scale = 1 / float(x_train.max())
+    w1 = torch.zeros(S, units, inputs, device=device)   # the units of all cells of a seed, one after the other
+    groups, first = [], 0                               # (N, its cells, their first unit, their W2)
+    for width, alike in itertools.groupby(cells, key=lambda cell: cell[0]):
+        alike = list(alike)
+        w2 = torch.empty(S, len(alike), classes, width, device=device)
+        for (s, seed), (c, cell) in itertools.product(enumerate(seeds), enumerate(alike)):
+            w1[s, first + c * width:first + (c + 1) * width], w2[s, c] = initial_weights(cell, seed, inputs, classes)
+        groups.append((width, alike, first, w2.flatten(0, 1)))
+        first += len(alike) * width
+    tiles = w1.view(-1, TILE, inputs)
+    hidden, gradient = torch.zeros(2, S, units, batch, device=device)
+    drops = {(seed, width): generator(seed, "dropout", width, device=device) for seed in seeds for width, *_ in groups}
+
+    def for_every_tile(x):   # (S, ...) -> (tiles, ...); on the CPU, with one seed, no copy is made
+        return x[:, None].expand(S, units // TILE, *x.shape[1:]).reshape(-1, *x.shape[1:])
+
+    def test_errors():
+        wrong = [torch.zeros(S, len(alike), device=device) for _, alike, _, _ in groups]
+        for i in range(0, len(x_test), SLICE):
+            x = (x_test[i:i + SLICE] * scale).t().expand(S, -1, -1)
+            h = torch.bmm(tiles, for_every_tile(x)).relu_().view(S, units, -1)
+            for total, (width, alike, first, w2) in zip(wrong, groups, strict=True):
+                scores = torch.bmm(w2, h[:, first:first + len(alike) * width].reshape(S * len(alike), width, -1))
+                total += (scores.argmax(1) != y_test[i:i + SLICE]).sum(1).view(S, -1)
+        return [100 * total / len(x_test) for total in wrong]
+
+    def log(step):
+        errors = test_errors() if step == args.steps else [None] * len(groups)
+        for error, (width, alike, first, w2) in zip(errors, groups, strict=True):
+            healthy = w2.isfinite().flatten(1).all(1).view(S, -1).tolist()
+            for s, seed in enumerate(seeds):
+                counts = distinct_units(w1[s, first:first + len(alike) * width].view(len(alike), width, inputs))
+                for c, cell in enumerate(alike):
+                    rows.append({**dict(zip(GRID, cell, strict=True)), "seed": seed, "step": step,
+                                 "distinct": counts[0][c], "distinct_to_1e-3": counts[1][c],
+                                 "test_error": error[s, c].item() if error is not None and healthy[s][c] else None})
+
+    rows, steps_per_epoch, one = [], len(x_train) // batch, torch.eye(classes, device=device)
+    logged = set(logged_steps(args.steps))
+    for step in range(args.steps):
+        if step in logged:
+            log(step)
+        if step % steps_per_epoch == 0:
+            epoch = step // steps_per_epoch
+            order = torch.stack([torch.randperm(len(x_train), generator=generator(seed, "epoch", epoch))
+                                 for seed in seeds]).to(device)
+        index = order[:, step % steps_per_epoch * batch:][:, :batch]
+        x, y = x_train[index] * scale, one[y_train[index]].transpose(1, 2)   # (S, batch, inputs), (S, classes, batch)
+
+        torch.bmm(tiles, for_every_tile(x.transpose(1, 2)), out=hidden.view(-1, TILE, batch)).relu_()
+        for width, alike, first, w2 in groups:
+            C, place = len(alike), slice(first, first + len(alike) * width)
+            h = hidden[:, place].reshape(S * C, width, batch)
+            if any(cell[3] for cell in alike):
+                dropout = torch.tensor([cell[3] for cell in alike], device=device).repeat(S)[:, None, None]
+                draws = torch.stack([torch.rand(width, batch, generator=drops[seed, width], device=device)
+                                     for seed in seeds]).repeat_interleave(C, 0)
+                h = h * (draws >= dropout) / (1 - dropout)
+            p = torch.bmm(w2, h).softmax(1)
+            p.view(S, C, classes, batch).sub_(y[:, None]).div_(batch)        # the gradient of the mean cross entropy
+            back = torch.ops.aten.threshold_backward(torch.bmm(w2.transpose(1, 2), p), h, 0)
+            if any(cell[3] for cell in alike):
+                back /= 1 - dropout
+            gradient[:, place] = back.view(S, C * width, batch)
+            w2.baddbmm_(p, h.transpose(1, 2), alpha=-args.lr)
+        if args.order == "native":
+            tiles.baddbmm_(gradient.view(-1, TILE, batch), for_every_tile(x), alpha=-args.lr)
+        else:
+            ordered_update(w1, gradient, x, groups, seeds, step, args)
+        tick(len(cells) * S)
+    log(args.steps)
+    return rows
+
+
+def ordered_update(w1, gradient, x, groups, seeds, step, args):
+    """w1 -= lr * gradient @ x, the partial gradients of `splits` groups of samples added in the chosen order."""
+    parts = x.unflatten(1, (args.splits, -1))
+    for (s, seed), (width, alike, first, _) in itertools.product(enumerate(seeds), groups):
+        for c, cell in enumerate(alike):
+            place = slice(first + c * width, first + (c + 1) * width)
+            partials = torch.bmm(gradient[s, place].unflatten(1, (args.splits, -1)).transpose(0, 1), parts[s])
+            op = int.from_bytes(hashlib.sha256(repr(cell).encode()).digest()[:4], "little")   # the cell's own draws
+            w1[s, place] -= args.lr * ordered_reduce.sum(partials, 0, order=args.order, splits=args.splits, seed=seed,
+                                                         step=step, op=op)
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def read_rows(path):
+    """The rows of a CSV of ours, with their types."""
+    with open(path, newline="") as file:
+        return [{key: None if value == "" else float(value) if key in ("noise", "dropout", "test_error") else int(value)
+                 for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def cell_of(row):
+    return tuple(row[key] for key in GRID)
+
+
+def table_of_errors(rows):
+    """{cell: final test errors [%] by seed}, an array; cells and seeds without one are left out."""
+    last = max(row["step"] for row in rows)
+    final = [row for row in rows if row["step"] == last and row["test_error"] is not None]
+    seeds = sorted({row["seed"] for row in final})
+    errors = {}
+    for row in final:
+        errors.setdefault(cell_of(row), {})[row["seed"]] = row["test_error"]
+    return {cell: np.array([by_seed[seed] for seed in seeds]) for cell, by_seed in sorted(errors.items())
+            if len(by_seed) == len(seeds)}
+
+
+def statements(errors):
+    """The paper's four statements about Figure 1, each as numbers with a 95 % interval (bootstrap over the seeds).
+
+    Without dropout. They need two noise levels, three widths and three numbers of features; otherwise there are none.
+    """
+    errors = {cell[:3]: values for cell, values in errors.items() if cell[3] == 0}
+    low, high = min((n for _, _, n in errors), default=0), max((n for _, _, n in errors), default=0)
+    widths, features = sorted({n for n, _, _ in errors}), sorted({k for _, k, _ in errors})
+    seeds = len(next(iter(errors.values()), []))
+    if low == high or len(widths) < 3 or len(features) < 3 or any(len(values) != seeds for values in errors.values()):
+        return []
+    cells = [(n, k) for n, k, noise in errors if noise == low and (n, k, high) in errors]
+    few = [k for k in features if k <= max(widths) / 32 and all((n, k, low) in errors for n in widths if n >= k)]
+    by_k = {k: [n for n in widths if (n, k, low) in errors] for k in features}
+
+    def mean(cell, noise, chosen):
+        return errors[(*cell, noise)][chosen].mean()
+
+    def explained(which, chosen):   # share of the variance of the cells' errors that lies between the values of N or K
+        values = np.array([mean(cell, low, chosen) for cell in cells])
+        means = {v: values[[cell[which] == v for cell in cells]].mean() for v in {cell[which] for cell in cells}}
+        return 100 * np.var([means[cell[which]] for cell in cells]) / np.var(values)
+
+    def doubling(place, chosen):    # from one width to the next, features kept
+        return np.mean([mean((by_k[k][place + 1], k), low, chosen) - mean((by_k[k][place], k), low, chosen)
+                        for k in by_k if len(by_k[k]) >= 3])
+
+    def widest(chosen):             # the better width is chosen on one half of the seeds and compared on the other
+        halves, differences = (chosen[::2], chosen[1::2]), []
+        for choose, compare in (halves, halves[::-1]) if len(chosen) > 1 else ():
+            for k in few:
+                best = min((n for n in by_k[k][:-1]), key=lambda n: mean((n, k), low, choose))
+                differences.append(mean((by_k[k][-1], k), low, compare) - mean((best, k), low, compare))
+        return np.mean(differences) if differences else math.nan
+
+    def effect(noise, chosen):      # the price of few features
+        return np.mean([mean((n, min(k for m, k in cells if m == n)), noise, chosen)
+                        - mean((n, max(k for m, k in cells if m == n)), noise, chosen) for n in widths])
+
+    asked = [
+        ("1 features predict error best", "variance of the error explained by K alone [%]", lambda c: explained(1, c)),
+        ("1 features predict error best", "variance of the error explained by N alone [%]", lambda c: explained(0, c)),
+        ("2 width helps small networks", "error, first doubling of the width at the same K [points]",
+         lambda c: doubling(0, c)),
+        ("2 ... and saturates", "error, last doubling of the width at the same K [points]", lambda c: doubling(-2, c)),
+        ("3 widest with few features get worse",
+         f"error at N = {widths[-1]} minus the best narrower width's, K <= {max(few, default=0)} [points]", widest),
+        ("4 the effect vanishes with noise", f"error with fewest minus most features, noise {low:g} [points]",
+         lambda c: effect(low, c)),
+        ("4 the effect vanishes with noise", f"error with fewest minus most features, noise {high:g} [points]",
+         lambda c: effect(high, c)),
+    ]
+    random = np.random.default_rng(0)
+    samples = random.integers(seeds, size=(1000, seeds))
+    found = []
+    for statement, statistic, value in asked:
+        draws = [value(sample) for sample in samples]
+        found.append({"statement": statement, "statistic": statistic, "value": float(value(np.arange(seeds))),
+                      "low": float(np.percentile(draws, 2.5)), "high": float(np.percentile(draws, 97.5))})
+    return found
+
+
+def summarise(rows, left_out):
+    errors = table_of_errors(rows)
+    cells = [{**dict(zip(GRID, cell, strict=True)), "seeds": len(values), "test_error": float(values.mean()),
+              "standard_deviation": float(values.std(ddof=1)) if len(values) > 1 else None}
+             for cell, values in errors.items()]
+    return {"cells": cells, "cells_left_out": left_out, "statements": statements(errors)}
+
+
+def draw_figures(rows, directory):
+    """figure1.png (mean test error over N, a line for every K), figure3.png (the same with its standard deviation over
+    the seeds), features.png (units that are no copies, over training, in the widest network)."""
+    plt = common.plot_style()
+    errors = table_of_errors(rows)
+    conditions = sorted({cell[2:] for cell in map(cell_of, rows)})
+    features = sorted({row["features"] for row in rows})
+    colours = {k: plt.get_cmap("viridis")(i / max(1, len(features) - 1)) for i, k in enumerate(features)}
+
+    def panels(path, draw, **labels):
+        figure, axes = plt.subplots(1, len(conditions), figsize=(1.5 + 4.2 * len(conditions), 3.8), sharey=True,
+                                    squeeze=False, layout="constrained")
+        for axis, (noise, dropout) in zip(axes[0], conditions, strict=True):
+            for k in features:
+                draw(axis, k, (noise, dropout), {"color": colours[k], "label": f"K = {k}", "marker": "."})
+            axis.set(title=f"noise {noise:g}" + (f", dropout {dropout:g}" if dropout else ""), **labels)
+            axis.set_yscale("log", base=2 if path == "features.png" else 10)
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center")
+        common.save_atomically(directory / path, lambda temporary: figure.savefig(temporary, format="png"))
+        plt.close(figure)
+
+    def error_over_width(bars):
+        def draw(axis, k, condition, style):
+            mine = [(cell[0], values) for cell, values in errors.items() if cell[1] == k and cell[2:] == condition]
+            if mine:
+                widths, values = zip(*mine, strict=True)
+                spread = [v.std(ddof=1) if len(v) > 1 else 0 for v in values] if bars else None
+                axis.errorbar(widths, [v.mean() for v in values], yerr=spread, capsize=2 if bars else 0, **style)
+                axis.set_xscale("log", base=2)
+                axis.xaxis.set_major_formatter("{x:.0f}")
+        return draw
+
+    widest = max(row["width"] for row in rows)
+
+    def distinct_over_steps(axis, k, condition, style):
+        mine = {}
+        for row in rows:
+            if row["width"] == widest and row["features"] == k and cell_of(row)[2:] == condition:
+                mine.setdefault(row["step"], []).append(row)
+        if mine:
+            steps = sorted(mine)
+            for name, line in (("distinct", ":"), ("distinct_to_1e-3", "-")):
+                axis.plot(steps, [np.mean([row[name] for row in mine[step]]) for step in steps], linestyle=line,
+                          **{**style, "label": style["label"] if line == "-" else None})
+            axis.set_xscale("symlog", linthresh=1)
+            axis.xaxis.set_major_formatter("{x:g}")
+
+    panels("figure1.png", error_over_width(False), xlabel="hidden units N", ylabel="test error [%]")
+    panels("figure3.png", error_over_width(True), xlabel="hidden units N", ylabel="test error [%], standard deviation")
+    panels("features.png", distinct_over_steps, xlabel="step",
+           ylabel=f"distinct units of {widest} (solid: to 1e-3, dotted: bitwise)")
+
+
+def report(directory):
+    """Figures and tables of a run from its files, so that they can be had again at any time."""
+    directory = pathlib.Path(directory)
+    try:
+        rows = read_rows(directory / "metrics.csv")
+        summary = json.loads((directory / "summary.json").read_text())
+    except (OSError, ValueError, KeyError) as error:
+        common.fail(f"argument --plot-only: {directory} holds no finished run ({error})")
+    draw_figures(rows, directory)
+    conditions = sorted({(cell["noise"], cell["dropout"]) for cell in summary["cells"]})
+    for noise, dropout in conditions:
+        mine = {(cell["width"], cell["features"]): cell["test_error"] for cell in summary["cells"]
+                if (cell["noise"], cell["dropout"]) == (noise, dropout)}
+        widths, features = (sorted({pair[i] for pair in mine}) for i in (0, 1))
+        print(f"\ntest error [%], noise {noise:g}, dropout {dropout:g}\n{'N':>6}" +
+              "".join(f"{'K = ' + str(k):>9}" for k in features))
+        for n in widths:
+            print(f"{n:>6}" + "".join(f"{mine[n, k]:>9.2f}" if (n, k) in mine else f"{'':>9}" for k in features))
+    if summary["statements"]:
+        print("\nthe paper's statements about Figure 1 (95 % interval over the seeds)")
+        for row in summary["statements"]:
+            print(f"  {row['statement']:<38}{row['statistic']}: "
+                  f"{row['value']:.2f} ({row['low']:.2f} to {row['high']:.2f})")
+
+
+def log_to_tensorboard(directory, rows):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(directory) as board:
+        for row in rows:
+            name = "N{}-K{}-noise{:g}-dropout{:g}".format(*cell_of(row))
+            for key in ("distinct", "distinct_to_1e-3", "test_error"):
+                if row[key] is not None:
+                    board.add_scalar(f"{key}/{name}/seed{row['seed']}", row[key], row["step"])
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    if args.plot_only:
+        return report(args.plot_only)
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        torch.distributed.init_process_group("gloo")
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = torch.device(args.device)
+    *tensors, classes = common.load_data(args.dataset, args.data_dir, args.image_size)
+    data = [tensor.flatten(1).to(device) if tensor.ndim > 1 else tensor.to(device) for tensor in tensors] + [classes]
+    inputs, cells = data[0].shape[1], grid(args)
+    if len(data[0]) < args.batch_size:
+        common.fail(f"argument --batch-size: {args.batch_size} is more than the {len(data[0])} training images")
+    memory = 2 ** 30 * (args.memory or 0.15) if args.memory or device.type == "cpu" else (
+        0.6 * torch.cuda.mem_get_info(device)[0])
+    most = int(memory // bytes_per_unit(inputs, args.batch_size))
+    if most < max(TILE, cells[-1][0]):
+        need = max(TILE, cells[-1][0]) * bytes_per_unit(inputs, args.batch_size) / 2 ** 30
+        common.fail(f"argument --memory: {memory / 2 ** 30:.3g} GiB is too small for a network of {cells[-1][0]} "
+                    f"units; it takes {need + 0.001:.3f}")
+
+    out = None
+    if rank == 0:
+        out = common.run_directory(args.out, f"runs/mlp_replicated/{args.dataset}", args.resume)
+        arguments = {key: value for key, value in vars(args).items()
+                     if key not in ("out", "resume", "plot_only", "tensorboard", "data_dir", "memory", "device")}
+        if args.resume:
+            was = json.loads((out / "config.json").read_text())["arguments"]
+            other = [f"--{key.replace('_', '-')} {was.get(key)}" for key, value in arguments.items()
+                     if key not in ("widths", "features", "noise", "dropout", "seeds") and was.get(key) != value]
+            if other:
+                common.fail(f"argument --resume: {out} is a run of another configuration, made with {', '.join(other)}")
+        (out / "seeds").mkdir(exist_ok=True)
+        common.write_json(out / "config.json", {"arguments": arguments, "command": " ".join(sys.argv),
+                                                **common.environment(device)})
+    if processes > 1:
+        names = [out]
+        torch.distributed.broadcast_object_list(names)
+        out = names[0]
+
+    def finished(seed):
+        path = out / "seeds" / f"{seed}.csv"
+        return read_rows(path) if path.exists() else []
+
+    left_out = len(args.widths) * len(args.features) * len(args.noise) * len(args.dropout) - len(cells)
+    missing = {}   # cells still to be trained -> the seeds that miss just these
+    for seed in range(rank, args.seeds, processes):
+        done = {cell_of(row) for row in finished(seed)}
+        missing.setdefault(tuple(cell for cell in cells if cell not in done), []).append(seed)
+    missing.pop((), None)
+    if rank == 0 and left_out:
+        print(f"{left_out} cells of the grid have more features than units and are left out; {len(cells)} remain")
+    try:
+        with tqdm(total=sum(len(cells) * len(seeds) for cells, seeds in missing.items()) * args.steps, unit="step",
+                  smoothing=0.05, disable=None if rank == 0 else True, unit_scale=True) as progress:
+            for todo, seeds in missing.items():
+                for some, units in rooms(todo, most // TILE * TILE):
+                    at_once = max(1, most // units)
+                    for i in range(0, len(seeds), at_once):
+                        rows = train(some, units, seeds[i:i + at_once], data, args, progress.update)
+                        for seed in seeds[i:i + at_once]:
+                            common.write_csv(out / "seeds" / f"{seed}.csv",
+                                             [*finished(seed), *(row for row in rows if row["seed"] == seed)])
+    except KeyboardInterrupt:
+        print(f"\nmlp_replicated.py: interrupted; continue with the same arguments and --resume --out {out}",
+              file=sys.stderr)
+        return 130
+    if processes > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        return 0
+    wanted = set(cells)
+    rows = sorted((row for seed in range(args.seeds) for row in finished(seed) if cell_of(row) in wanted),
+                  key=lambda row: (*cell_of(row), row["seed"], row["step"]))
+    common.write_csv(out / "metrics.csv", rows)
+    common.write_json(out / "summary.json", summarise(read_rows(out / "metrics.csv"), left_out))
+    if args.tensorboard:
+        log_to_tensorboard(out / "tensorboard", rows)
+    report(out)
+    print(f"\n{out}/: figure1.png, figure3.png, features.png, metrics.csv, summary.json, config.json, seeds/")
+    diverged = sum(row["step"] == args.steps and row["test_error"] is None for row in rows)
+    if diverged:
+        print(f"mlp_replicated.py: {diverged} runs diverged and have no test error; try a smaller --lr (was {args.lr})",
+              file=sys.stderr)
+    return 3 if diverged else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
