@@ -63,6 +63,10 @@ def parse_arguments(argv=None):
     what.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.01], metavar="LAMBDA",
                       help="share in [0, 1] of its own random row in every unit's start (Eq. 2); default and paper: "
                            "0 0.01")
+    what.add_argument("--second-layer", choices=("random", "replicated"), default="random",
+                      help="random, as the paper has it: back-propagation tells copies apart from the first step on; "
+                           "replicated: the columns of W2 are copies like the rows of W1, and it cannot; default: "
+                           "random")
     what.add_argument("--dropout", type=float, nargs="+", default=[0.0], metavar="P",
                       help="probabilities in [0, 1) with which hidden units are dropped: the paper's other cause of "
                            "divergence; default and paper: 0")
@@ -166,15 +170,17 @@ def generator(*key, device="cpu"):
     return torch.Generator(device).manual_seed(seed)
 
 
-def initial_weights(cell, seed, inputs, classes):
-    """W1 of Eq. 2 and W2, He-normal. Cells of a seed share what they can: the features (of equal K), the units' own
-    rows and W2 (of equal N), so that they compare in pairs."""
+def initial_weights(cell, seed, inputs, classes, second_layer="random"):
+    """W1 (N, inputs) of Eq. 2 and W2 (classes, N), He-normal. Cells of a seed share what they can: the features (of
+    equal K), the units' own rows and W2 (of equal N), so that they compare in pairs. With second_layer "replicated"
+    the columns of W2 are copied like the rows of W1."""
     width, features, noise, _ = cell
+    copied = torch.arange(width) % features
     he = math.sqrt(2 / inputs)
     feature = he * torch.randn(features, inputs, generator=generator(seed, "features", features))
     own = he * torch.randn(width, inputs, generator=generator(seed, "own", width))
-    w1 = (1 - noise) * feature[torch.arange(width) % features] + noise * own
-    return w1, math.sqrt(2 / width) * torch.randn(classes, width, generator=generator(seed, "second layer", width))
+    w2 = math.sqrt(2 / width) * torch.randn(classes, width, generator=generator(seed, "second layer", width))
+    return (1 - noise) * feature[copied] + noise * own, w2 if second_layer == "random" else w2[:, copied]
 
 
 def distinct_units(w1):
@@ -226,7 +232,8 @@ def train(cells, units, seeds, data, args, tick):
         alike = list(alike)
         w2 = torch.empty(S, len(alike), classes, width, device=device)
         for (s, seed), (c, cell) in itertools.product(enumerate(seeds), enumerate(alike)):
-            w1[s, first + c * width:first + (c + 1) * width], w2[s, c] = initial_weights(cell, seed, inputs, classes)
+            w1[s, first + c * width:first + (c + 1) * width], w2[s, c] = initial_weights(
+                cell, seed, inputs, classes, args.second_layer)
         groups.append((width, alike, first, w2.flatten(0, 1)))
         first += len(alike) * width
     tiles = w1.view(-1, TILE, inputs)
