@@ -9,12 +9,14 @@ learns; with an order drawn for every weight (shuffled) or left to racing thread
     python constnet.py --order fixed shuffled atomic          # digits, about a minute on two cores
     python constnet.py --dataset cifar100 --dropout 0         # the paper's run; wants a GPU
 
-Every run writes config.json, metrics.csv (a row per arm, seed and step), summary.json, constnet.png and checkpoint.pt.
+Every run writes config.json, metrics.csv (a row per arm, seed and step), summary.json, constnet.png, checkpoint.pt and
+the weights of every finished arm as ORDER-SEED.pt.
 Exit status: 0 done, 2 bad input, 3 diverged (the metrics are kept), 130 interrupted (the checkpoint is kept).
 """
 
 import argparse
 import csv
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -386,7 +388,8 @@ class Diverged(Exception):
 
 
 def train(args, order, seed, data, state, save, progress):
-    """One arm. state is what `save` was last given, or None; returns the arm's object in summary.json."""
+    """One arm. state is what `save` was last given, or None; returns the arm's object in summary.json, its rows and
+    its weights."""
     images, labels, test_images, test_labels, classes = data
     device, batch = images.device, args.batch_size
     normalise = normaliser(images)
@@ -494,7 +497,7 @@ def train(args, order, seed, data, state, save, progress):
             "init": args.init, "seed": seed, "dataset": args.dataset, "epochs": args.epochs, "steps": step,
             "test_accuracy": last["test_accuracy"], "train_loss": last["epoch_train_loss"],
             "symmetry": symmetry.summary(), "weights_sha256": bits.hexdigest(), "wall_seconds": round(seconds, 2),
-            "images_per_second": round(step * batch / seconds, 1)}, rows
+            "images_per_second": round(step * batch / seconds, 1)}, rows, model.state_dict()
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -619,7 +622,8 @@ def main(argv=None):
             progress.update(len(done["summary"]) * args.epochs * (len(data[1]) // args.batch_size))
             for order, seed in runs[len(done["summary"]):]:
                 progress.set_description(f"{order}, seed {seed}")
-                summary, rows = train(args, order, seed, data, done["running"], save, progress)
+                summary, rows, weights = train(args, order, seed, data, done["running"], save, progress)
+                common.save_atomically(out / f"{order}-{seed}.pt", functools.partial(torch.save, weights))
                 done["summary"].append(summary)
                 done["rows"] += rows
                 save(None)
@@ -635,7 +639,7 @@ def main(argv=None):
         status = 130
     if done["summary"]:
         report(out)
-        print(f"\n{out}/: constnet.png, metrics.csv, summary.json, config.json, checkpoint.pt")
+        print(f"\n{out}/: constnet.png, metrics.csv, summary.json, config.json, checkpoint.pt, ORDER-SEED.pt (weights)")
     return status
 
 

@@ -1,6 +1,7 @@
 """constnet.py: the network is the paper's, the arms differ in the order of additions alone, and runs repeat."""
 
 import csv
+import hashlib
 import json
 import os
 import random
@@ -209,6 +210,15 @@ def test_kill_and_resume_ends_with_the_same_bits(tmp_path, run):
         assert whole == cut
     same = (tmp_path / "whole" / "metrics.csv").read_bytes() == (tmp_path / "cut" / "metrics.csv").read_bytes()
     assert same
+
+
+def test_finished_weights_are_kept(tmp_path, run):
+    assert run("constnet.py", *QUICK, "--order", "fixed", "shuffled", "--out", tmp_path / "a").returncode == 0
+    for arm in results(tmp_path / "a"):
+        weights = torch.load(tmp_path / "a" / f"{arm['order']}-0.pt", weights_only=True)
+        network(channels=1).load_state_dict(weights)
+        bits = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in weights.values()))
+        assert bits.hexdigest() == arm["weights_sha256"]
 
 
 def test_interrupt_keeps_the_checkpoint(tmp_path, run):

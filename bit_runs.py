@@ -1,0 +1,437 @@
+"""Runs tests on the bits of parameters: do the parameters of a network look like independent draws?
+
+The last part of the slides on Hanin and Rolnick, "How to Start Training" (NeurIPS 2018), Table 3: every float32
+parameter of a layer, in its order of storage, gives 32 sequences of bits, one for each place. The Wald-Wolfowitz test
+counts the runs of equal bits; z is their number's distance from the mean of independent draws in standard deviations.
+Table 3 takes the largest |z| of a trained ResNet-18's layers, and the mean |z| of images, where bits are anything but
+independent. Question 1 of the slides: can trained parameters be told from untrained ones?
+
+    python bit_runs.py                                      # question 1 on the digits, about a minute on two cores
+    python bit_runs.py --model resnet18 --weights DEFAULT   # Table 3 (the weights are downloaded)
+    python bit_runs.py --checkpoint runs/constnet/digits/shuffled-0.pt
+
+Every run writes config.json, metrics.csv (a row per layer and bit), summary.json and bit_runs.png.
+Exit status: 0 done, 2 bad input, 130 interrupted.
+"""
+
+import argparse
+import csv
+import importlib.util
+import json
+import math
+import pathlib
+import sys
+from collections import OrderedDict
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import common
+
+EXACT = 200   # bits: up to this length p-values are exact, above the normal approximation serves
+GROUPS = {"fraction 0-7": range(0, 8), "fraction 8-15": range(8, 16), "fraction 16-22": range(16, 23),
+          "exponent": range(23, 31), "sign": range(31, 32)}   # bits of a float32, 0 the least significant
+TYPES = tuple(f"{layer} {part}" for layer in ("convolution", "fully connected", "batch norm")
+              for part in ("weight", "bias"))
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def parse_arguments(argv=None):
+    class Help(argparse.RawDescriptionHelpFormatter):
+        def __init__(self, prog):
+            super().__init__(prog, max_help_position=32, width=110)
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser.error = common.fail
+
+    what = parser.add_argument_group("whose parameters; by default networks before and after training (question 1)")
+    what.add_argument("--checkpoint", metavar="FILE",
+                      help="a file of torch.save with a state_dict, alone or inside other containers, as constnet.py "
+                           "writes it; it is loaded as plain tensors, no code in it is run")
+    what.add_argument("--model", metavar="NAME", help="a model of torchvision, such as resnet18; paper: resnet18")
+    what.add_argument("--weights", metavar="NAME",
+                      help="the torchvision model's trained weights, such as DEFAULT, downloaded where absent; "
+                           "default: untrained")
+
+    data = parser.add_argument_group("images, for comparison and for training")
+    data.add_argument("--dataset", default="digits", metavar="NAME",
+                      help="digits (included), mnist, fashion-mnist, cifar10, cifar100 (downloaded where absent) or "
+                           "imagefolder; default: digits; paper: ImageNet's validation images")
+    data.add_argument("--data-dir", default="downloads", metavar="DIR",
+                      help="where torchvision's data sets lie or go; for imagefolder the folder that holds "
+                           "train/<class>/ and test/<class>/; default: downloads")
+    data.add_argument("--image-size", type=int, metavar="PIXELS",
+                      help="imagefolder: resize images to this many pixels square; default: the first image's size")
+    data.add_argument("--images", type=int, default=1000, metavar="N",
+                      help="training images whose bits are tested, one sequence each, as float32 in [0, 1]; default: "
+                           "1000")
+
+    how = parser.add_argument_group("training (question 1)")
+    how.add_argument("--seeds", type=int, default=20, metavar="COUNT",
+                     help="networks, each tested before and after training; default: 20")
+    how.add_argument("--steps", type=int, default=300, metavar="N", help="of SGD with momentum 0.9; default: 300")
+    how.add_argument("--batch-size", type=int, default=64, metavar="N", help="images; default: 64")
+    how.add_argument("--lr", type=float, default=0.05, metavar="RATE", help="default: 0.05")
+    how.add_argument("--device", default="auto", metavar="DEVICE",
+                     help="auto (cuda where there is one), cpu, cuda, cuda:1; default: auto")
+
+    files = parser.add_argument_group("files")
+    files.add_argument("--out", metavar="DIR", help="default: runs/bit_runs/NAME, with -2, -3, ... where that exists")
+    files.add_argument("--resume", action="store_true",
+                       help="continue the run in --out (default: the newest): seeds that are finished are kept")
+    files.add_argument("--plot-only", metavar="DIR", help="draw the figure and print the table of a run again")
+    files.add_argument("--tensorboard", action="store_true",
+                       help="also log to DIR/tensorboard (pip install tensorboard)")
+    args = parser.parse_args(argv)
+
+    def need(good, option, value, valid):
+        if not good:
+            common.fail(f"argument {option}: {value} is not valid; it must be {valid}")
+
+    need(args.dataset in common.DATASETS, "--dataset", repr(args.dataset), f"one of {', '.join(common.DATASETS)}")
+    for name in ("images", "seeds", "steps", "batch_size"):
+        need(getattr(args, name) >= 1, "--" + name.replace("_", "-"), getattr(args, name), "at least 1")
+    need(args.image_size is None or args.image_size >= 1, "--image-size", args.image_size, "at least 1")
+    need(math.isfinite(args.lr) and args.lr > 0, "--lr", args.lr, "finite and positive")
+    need(not (args.checkpoint and args.model), "--model", args.model, "given without --checkpoint")
+    need(args.model or not args.weights, "--weights", args.weights, "given with --model")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        common.fail(f"argument --device: {args.device!r} cannot be used ({str(error).splitlines()[0][:100]}); try cpu")
+    need(not args.tensorboard or importlib.util.find_spec("tensorboard"), "--tensorboard", "it",
+         "installed first: pip install tensorboard")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------- the test
+
+
+def exact_p_value(n, ones, runs):
+    """The probability, over all orders of the bits, of a number of runs at least as far from its mean."""
+    zeros = n - ones
+    mean = 1 + 2 * ones * zeros / n
+
+    def ways(r):   # of arranging the bits in r runs (Wald and Wolfowitz, 1940, Eqs. 2.3, 2.4)
+        half = r // 2
+        if r % 2 == 0:
+            return 2 * math.comb(ones - 1, half - 1) * math.comb(zeros - 1, half - 1)
+        return (math.comb(ones - 1, half) * math.comb(zeros - 1, half - 1)
+                + math.comb(ones - 1, half - 1) * math.comb(zeros - 1, half))
+
+    as_far = [r for r in range(2, n + 1) if abs(r - mean) >= abs(runs - mean) - 1e-9]
+    return min(1.0, sum(map(ways, as_far)) / math.comb(n, ones))
+
+
+def runs_test(bits):
+    """Wald and Wolfowitz, "On a Test Whether Two Samples are from the Same Population" (1940), of every row.
+
+    bits: (sequences, n) of 0 and 1. Returns for each row (ones, runs, z, p), z = (runs - mean) / standard deviation
+    given the number of ones, p two-sided; z and p are None where all bits are equal or n < 2: there is nothing to test.
+    """
+    n, results = bits.shape[1], []
+    ones = bits.sum(1, dtype=torch.int64).tolist()
+    runs = (1 + (bits[:, 1:] != bits[:, :-1]).sum(1)).tolist()
+    for one, run in zip(ones, runs, strict=True):
+        if one in (0, n):
+            results.append((one, run, None, None))
+            continue
+        pairs = 2 * one * (n - one)
+        variance = pairs * (pairs - n) / (n * n * (n - 1))
+        # Two bits of which one is set make two runs, always: a variance of 0 and no evidence.
+        z = (run - 1 - pairs / n) / math.sqrt(variance) if variance else 0.0
+        p = exact_p_value(n, one, run) if n <= EXACT else math.erfc(abs(z) / math.sqrt(2))
+        results.append((one, run, z, p))
+    return results
+
+
+def bits_of(values):
+    """float32 of any shape -> (32, n) bits, row 0 the least significant, in the order of storage."""
+    words = values.contiguous().view(torch.int32).flatten()
+    return words >> torch.arange(32, device=words.device)[:, None] & 1
+
+
+def layers_of(state):
+    """(name, type, tensor) of every float32 parameter of a state_dict whose kind of layer its shape and neighbours
+    tell: a batch norm has running statistics, a fully connected layer's weight has two dimensions."""
+    for name, tensor in state.items():
+        prefix, _, last = name.rpartition(".")
+        if last not in ("weight", "bias") or tensor.dtype != torch.float32:
+            continue
+        dimensions = state[f"{prefix}.weight" if prefix else "weight"].ndim if last == "bias" else tensor.ndim
+        if f"{prefix}.running_mean" in state:
+            yield name, f"batch norm {last}", tensor
+        elif dimensions >= 2:
+            yield name, f"{'fully connected' if dimensions == 2 else 'convolution'} {last}", tensor
+
+
+def layer_rows(state, **labels):
+    """A row per layer and bit."""
+    rows = []
+    for name, kind, tensor in layers_of(state):
+        for bit, (ones, runs, z, p) in enumerate(runs_test(bits_of(tensor))):
+            rows.append({**labels, "layer": name, "type": kind, "bit": bit, "n": tensor.numel(), "ones": ones,
+                         "runs": runs, "z": z, "p": p})
+    return rows
+
+
+# ------------------------------------------------------------------------------------------- where parameters come from
+
+
+def load_state(path):
+    """The first state_dict found in a file, however deep it lies in dicts and lists."""
+    def search(value):
+        if isinstance(value, (dict, OrderedDict)):
+            if any(isinstance(v, torch.Tensor) and isinstance(k, str) for k, v in value.items()):
+                return {k: v for k, v in value.items() if isinstance(v, torch.Tensor)}
+            value = list(value.values())
+        return next(filter(None, map(search, value)), None) if isinstance(value, (list, tuple)) else None
+
+    state = search(common.load_checkpoint(path, "--checkpoint"))
+    if not state or not any(True for _ in layers_of(state)):
+        common.fail(f"argument --checkpoint: {path} holds no float32 weights of layers; name a file with a state_dict")
+    return state
+
+
+def torchvision_state(name, weights):
+    from torchvision import models
+
+    if name not in models.list_models():
+        common.fail(f"argument --model: torchvision has no model {name!r}; choose one of "
+                    "torchvision.models.list_models()")
+    torch.manual_seed(0)
+    try:
+        return models.get_model(name, weights=weights).state_dict()
+    except (KeyError, ValueError) as error:
+        common.fail(f"argument --weights: {name} has no weights {weights!r} ({error}); try DEFAULT")
+    except OSError as error:
+        common.fail(f"argument --weights: they could not be downloaded ({error}); save them elsewhere and use "
+                    "--checkpoint")
+
+
+class Network(nn.Module):
+    """All layer types of Table 3: three convolutions with batch norm and ReLU, the average of the image, one layer."""
+
+    def __init__(self, channels, classes, width=32):
+        super().__init__()
+        layers = []
+        for i, stride in enumerate((1, 2, 2)):
+            layers += [nn.Conv2d(width if i else channels, width, 3, stride, padding=1, bias=False),
+                       nn.BatchNorm2d(width), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def before_and_after(args, data, seed):
+    """Rows of a network, He-normal at the start, before and after training, and its test accuracy [%]."""
+    images, labels, test_images, test_labels, classes = data
+    scale = 1 / float(images.max())
+    torch.manual_seed(seed)
+    model = Network(images.shape[1], classes)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight)
+    model.to(images.device)
+    rows = layer_rows(model.state_dict(), arm="before", seed=seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(args.steps):
+        index = torch.randint(len(images), (args.batch_size,), generator=generator).to(images.device)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[index] * scale), labels[index]).backward()
+        optimizer.step()
+    rows += layer_rows(model.state_dict(), arm="after", seed=seed)
+    model.eval()
+    with torch.no_grad():
+        correct = sum((model(x * scale).argmax(1) == y).sum().item()
+                      for x, y in zip(test_images.split(1000), test_labels.split(1000), strict=True))
+    return rows, 100 * correct / len(test_labels)
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def table_3(rows):
+    """Per layer type and group of bits: layers, tests, largest |z|, smallest p times the number of tests (Bonferroni),
+    which holds the chance that one of independent layers looks so by accident below itself."""
+    table = []
+    for kind in TYPES:
+        mine = [row for row in rows if row["type"] == kind]
+        for group, bits in GROUPS.items():
+            tested = [row for row in mine if row["bit"] in bits and row["z"] is not None]
+            if mine:
+                table.append({"type": kind, "bits": group, "tests": len(tested),
+                              "layers": len({(row["seed"], row["layer"]) for row in mine}),
+                              "largest_z": max((abs(row["z"]) for row in tested), default=None),
+                              "corrected_p": min([1.0] + [row["p"] * len(tested) for row in tested])})
+    return table
+
+
+def told_apart(rows):
+    """Question 1. Per group of bits: the share of pairs (one untrained, one trained network) in which the trained one
+    has the larger root mean square z over its weights of convolutions and fully connected layers, ties counted half
+    (the area under the ROC curve: 0.5 is chance), with a 95 % bootstrap interval over the networks. Also per bit."""
+    def score(arm, seed, bits):
+        z = [row["z"] for row in rows if row["arm"] == arm and row["seed"] == seed and row["bit"] in bits
+             and row["z"] is not None and row["type"] in ("convolution weight", "fully connected weight")]
+        return math.sqrt(sum(x * x for x in z) / len(z)) if z else 0.0
+
+    def area(before, after):
+        return float(np.mean(np.sign(after[:, None] - before[None, :]) / 2 + 0.5))
+
+    seeds = sorted({row["seed"] for row in rows})
+    random, found = np.random.default_rng(0), []
+    for group, bits in [*GROUPS.items(), *((f"bit {bit}", [bit]) for bit in range(32))]:
+        before, after = (np.array([score(arm, seed, bits) for seed in seeds]) for arm in ("before", "after"))
+        samples = [area(before[random.integers(len(seeds), size=len(seeds))],
+                        after[random.integers(len(seeds), size=len(seeds))]) for _ in range(1000)]
+        found.append({"bits": group, "area": area(before, after), "low": float(np.percentile(samples, 2.5)),
+                      "high": float(np.percentile(samples, 97.5)), "rms_z_before": float(before.mean()),
+                      "rms_z_after": float(after.mean())})
+    return found
+
+
+def image_z(images, number):
+    """Mean |z| over the bits of the first images, each a sequence of float32 pixels in [0, 1] in row order."""
+    scale, z = 1 / float(images.max()), []
+    for image in images[:number]:
+        z += [abs(row[2]) for row in runs_test(bits_of(image * scale)) if row[2] is not None]
+    return {"images": min(number, len(images)), "pixels": images[0].numel(),
+            "mean_z": sum(z) / len(z) if z else None}
+
+
+def draw_figure(rows, path):
+    """Every layer's |z| by bit, and for question 1 the shift from before to after."""
+    plt = common.plot_style()
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    kinds = [kind for kind in TYPES if any(row["type"] == kind and row["z"] is not None for row in rows)]
+    figure, axes = plt.subplots(1, len(kinds), figsize=(1 + 3.2 * len(kinds), 3.4), sharey=True, squeeze=False,
+                                layout="constrained")
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        for which, arm in enumerate(arms):
+            points = [(row["bit"] + 0.3 * which - 0.15 * (len(arms) - 1), abs(row["z"])) for row in rows
+                      if row["type"] == kind and row["arm"] == arm and row["z"] is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), ".", color=f"C{which}", alpha=0.5, markersize=3, label=arm)
+        for bits in (7.5, 15.5, 22.5, 30.5):
+            axis.axvline(bits, color="0.7", linewidth=0.8)
+        axis.axhline(1.96, color="0.4", linewidth=0.8, linestyle="--")
+        axis.set(title=kind, xlabel="bit (0-22 fraction, 23-30 exponent, 31 sign)")
+        axis.set_yscale("symlog", linthresh=4)
+        axis.yaxis.set_major_formatter("{x:g}")
+    axes[0][0].set_ylabel("|z| of the number of runs (dashed: 5 % level)")
+    axes[0][0].legend(markerscale=3)
+    common.save_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    plt.close(figure)
+
+
+def read_rows(path):
+    with open(path, newline="") as file:
+        return [{key: value if key in ("arm", "layer", "type") else None if value == "" else
+                 float(value) if key in ("z", "p") else int(value) for key, value in row.items()}
+                for row in csv.DictReader(file)]
+
+
+def report(directory):
+    """Figure and tables of a run from its files, so that they can be had again at any time."""
+    directory = pathlib.Path(directory)
+    try:
+        rows, summary = read_rows(directory / "metrics.csv"), json.loads((directory / "summary.json").read_text())
+    except (OSError, ValueError, KeyError) as error:
+        common.fail(f"argument --plot-only: {directory} holds no finished run ({error})")
+    draw_figure(rows, directory / "bit_runs.png")
+    for arm, table in summary["table"].items():
+        print(f"\nlargest |z| of {arm} (smallest p, times the number of tests)")
+        print(f"{'':<24}{'layers':>7}" + "".join(f"{group:>18}" for group in GROUPS))
+        for kind in dict.fromkeys(row["type"] for row in table):
+            mine = [row for row in table if row["type"] == kind]
+            cells = ["all equal" if row["largest_z"] is None else f"{row['largest_z']:.3f} ({row['corrected_p']:.1g})"
+                     for row in mine]
+            print(f"{kind:<24}{mine[0]['layers']:>7}" + "".join(f"{cell:>18}" for cell in cells))
+    images = summary["images"]
+    print(f"\nmean |z| of {images['images']} images of {images['pixels']} values: {images['mean_z']:.3f}")
+    if "told_apart" in summary:
+        print(f"\ncan trained networks be told from untrained ones? ({summary['seeds']} of each, test accuracy after "
+              f"training {summary['test_accuracy']:.1f} %)\n{'bits':<16}{'area under ROC':>15}{'95 % interval':>18}"
+              f"{'rms z before':>14}{'after':>8}")
+        for row in summary["told_apart"][:len(GROUPS)]:
+            print(f"{row['bits']:<16}{row['area']:>15.3f}{row['low']:>10.3f} - {row['high']:.3f}"
+                  f"{row['rms_z_before']:>14.2f}{row['rms_z_after']:>8.2f}")
+
+
+def log_to_tensorboard(directory, rows):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(directory) as board:
+        for row in rows:
+            if row["z"] is not None:
+                board.add_scalar(f"z/{row['arm']}/seed{row['seed']}/{row['layer']}", row["z"], row["bit"])
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    if args.plot_only:
+        return report(args.plot_only)
+    state, name = None, args.dataset
+    if args.checkpoint:
+        state, name = load_state(args.checkpoint), pathlib.Path(args.checkpoint).stem
+    elif args.model:
+        state, name = torchvision_state(args.model, args.weights), args.model
+    *tensors, classes = common.load_data(args.dataset, args.data_dir, args.image_size)
+    data = [tensor.to(args.device) for tensor in tensors] + [classes]
+
+    out = common.run_directory(args.out, f"runs/bit_runs/{name}", args.resume)
+    arguments = {key: value for key, value in vars(args).items()
+                 if key not in ("out", "resume", "plot_only", "tensorboard", "data_dir", "device")}
+    done = {"rows": [], "accuracies": []}
+    if args.resume:
+        was = json.loads((out / "config.json").read_text())["arguments"]
+        other = [f"--{key.replace('_', '-')} {was.get(key)}" for key, value in arguments.items()
+                 if key != "seeds" and was.get(key) != value]
+        if other:
+            common.fail(f"argument --resume: {out} is a run of another configuration, made with {', '.join(other)}")
+        if (out / "checkpoint.pt").exists():
+            done = common.load_checkpoint(out / "checkpoint.pt", "--resume")
+    common.write_json(out / "config.json", {"arguments": arguments, "command": " ".join(sys.argv),
+                                            **common.environment(torch.device(args.device))})
+    if state:
+        done["rows"] = layer_rows(state, arm=name, seed=0)
+    else:
+        try:
+            for seed in tqdm(range(len(done["accuracies"]), args.seeds), unit="network", disable=None):
+                rows, accuracy = before_and_after(args, data, seed)
+                done["rows"] += rows
+                done["accuracies"].append(accuracy)
+                common.save_atomically(out / "checkpoint.pt", lambda path: torch.save(done, path))
+        except KeyboardInterrupt:
+            print(f"\nbit_runs.py: interrupted; continue with the same arguments and --resume --out {out}",
+                  file=sys.stderr)
+            return 130
+    rows = done["rows"] = [row for row in done["rows"] if row["seed"] < args.seeds]
+    summary = {"table": {arm: table_3([row for row in rows if row["arm"] == arm])
+                         for arm in dict.fromkeys(row["arm"] for row in rows)},
+               "images": image_z(data[0], args.images)}
+    if not state:
+        summary.update(seeds=args.seeds, test_accuracy=sum(done["accuracies"][:args.seeds]) / args.seeds,
+                       told_apart=told_apart(rows))
+    common.write_csv(out / "metrics.csv", rows)
+    common.write_json(out / "summary.json", summary)
+    if args.tensorboard:
+        log_to_tensorboard(out / "tensorboard", rows)
+    report(out)
+    print(f"\n{out}/: bit_runs.png, metrics.csv, summary.json, config.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""bit_runs.py: the runs test against enumeration and a fair coin, the bits of float32, and what the tables count."""
+
+import itertools
+import json
+import math
+import struct
+
+import pytest
+import torch
+from torch import nn
+
+import bit_runs
+
+
+def runs(bits):
+    return 1 + sum(a != b for a, b in itertools.pairwise(bits))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 9, 12])
+def test_mean_variance_and_p_value_against_enumeration(n):
+    """All orders of the bits, one by one."""
+    for ones in range(1, n):
+        everything = [runs([i in chosen for i in range(n)]) for chosen in itertools.combinations(range(n), ones)]
+        mean = sum(everything) / len(everything)
+        deviation = math.sqrt(sum((r - mean) ** 2 for r in everything) / len(everything))
+        for seen in set(everything):
+            bits = next(bits for bits in itertools.product((0, 1), repeat=n) if sum(bits) == ones and runs(bits) == seen)
+            (counted, found, z, p), = bit_runs.runs_test(torch.tensor([bits]))
+            assert (counted, found) == (ones, seen)
+            assert z == pytest.approx((seen - mean) / deviation if deviation else 0, abs=1e-12)
+            as_far = sum(abs(r - mean) >= abs(seen - mean) - 1e-9 for r in everything)
+            assert p == pytest.approx(as_far / len(everything))
+
+
+def test_nothing_to_test():
+    assert bit_runs.runs_test(torch.zeros(1, 5, dtype=torch.int32)) == [(0, 1, None, None)]
+    assert bit_runs.runs_test(torch.ones(1, 5, dtype=torch.int32)) == [(5, 1, None, None)]
+    assert bit_runs.runs_test(torch.ones(1, 1, dtype=torch.int32)) == [(1, 1, None, None)]
+    assert bit_runs.runs_test(torch.tensor([[0, 1]])) == [(1, 2, 0.0, 1.0)]
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.1])
+def test_z_of_a_coin_is_standard_normal(probability):
+    count = 4000
+    bits = (torch.rand(count, 1000, generator=torch.Generator().manual_seed(1)) < probability).int()
+    z, p = (torch.tensor(column) for column in list(zip(*bit_runs.runs_test(bits), strict=True))[2:])
+    assert abs(z.mean()) < 5 / math.sqrt(count)                       # five standard errors
+    assert abs(z.var() - 1) < 5 * math.sqrt(2 / count)
+    for level in (0.01, 0.05, 0.5):
+        assert abs((p < level).float().mean() - level) < 5 * math.sqrt(level * (1 - level) / count) + 0.005
+
+
+def test_a_long_run_and_an_alternation_are_both_found():
+    blocks, stripes = torch.tensor([[0] * 500 + [1] * 500]), torch.tensor([[0, 1] * 500])
+    (_, _, low, p), (_, _, high, q) = *bit_runs.runs_test(blocks), *bit_runs.runs_test(stripes)
+    assert low < -30 and high > 30 and p < 1e-200 and q < 1e-200
+
+
+def test_bits_of_floats():
+    values = [1.0, -2.5, 3e-41, math.inf]
+    bits = bit_runs.bits_of(torch.tensor(values))
+    for i, value in enumerate(values):
+        word, = struct.unpack("<I", struct.pack("<f", value))
+        assert [int(b) for b in bits[:, i]] == [word >> k & 1 for k in range(32)]
+
+
+def test_layer_types():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.plain = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.LayerNorm(3)
+            self.head, self.half = nn.Linear(3, 4), nn.Linear(3, 4).half()
+            self.scale = nn.Parameter(torch.ones(3))
+
+    kinds = {name: kind for name, kind, _ in bit_runs.layers_of(Odd().state_dict())}
+    assert kinds == {"conv.weight": "convolution weight", "conv.bias": "convolution bias",
+                     "norm.weight": "batch norm weight", "norm.bias": "batch norm bias",
+                     "head.weight": "fully connected weight", "head.bias": "fully connected bias"}
+    rows = bit_runs.layer_rows(Odd().state_dict(), arm="x", seed=0)
+    assert len(rows) == 6 * 32
+    ones = [row for row in rows if row["layer"] == "norm.weight"]   # all weights 1.0: every bit is constant
+    assert all(row["z"] is None and row["ones"] in (0, 3) for row in ones)
+
+
+def table_row(rows, kind, group):
+    row, = [row for row in bit_runs.table_3(rows) if (row["type"], row["bits"]) == (kind, group)]
+    return row
+
+
+def test_table_3_takes_the_largest_and_corrects_for_the_number_of_tests():
+    rows = [{"arm": "x", "seed": 0, "layer": layer, "type": "convolution weight", "bit": bit, "z": z, "p": p}
+            for layer, bit, z, p in [("a", 0, 1.0, 0.3), ("a", 7, -2.0, 0.04), ("b", 0, 0.5, 0.6), ("b", 8, 9.0, 1e-9),
+                                     ("b", 7, None, None)]]
+    assert table_row(rows, "convolution weight", "fraction 0-7") == {
+        "type": "convolution weight", "bits": "fraction 0-7", "layers": 2, "tests": 3, "largest_z": 2.0,
+        "corrected_p": pytest.approx(0.12)}
+    assert table_row(rows, "convolution weight", "sign")["largest_z"] is None
+
+
+def test_told_apart_by_what_differs():
+    def rows(sign_after):
+        return [{"arm": arm, "seed": seed, "layer": "w", "type": "convolution weight", "bit": bit,
+                 "z": (sign_after if arm == "after" and bit == 31 else 1.0) + 0.01 * ((seed * 7 + bit) % 5), "p": 0.5}
+                for arm in ("before", "after") for seed in range(8) for bit in range(32)]
+
+    found = {row["bits"]: row for row in bit_runs.told_apart(rows(5.0))}
+    assert found["sign"]["area"] == found["bit 31"]["area"] == 1 and found["sign"]["low"] == 1
+    assert found["exponent"]["area"] == 0.5 and found["bit 3"]["area"] == 0.5
+    assert {row["bits"]: row for row in bit_runs.told_apart(rows(0.0))}["sign"]["area"] == 0
+
+
+def test_images_are_no_coin():
+    random = torch.randint(0, 256, (20, 1, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    smooth = torch.arange(1600, dtype=torch.float32).div(1600 / 255).to(torch.uint8).view(1, 1, 40, 40).expand(20, -1, -1, -1)
+    assert bit_runs.image_z(random, 20)["mean_z"] < 1.5 < 5 < bit_runs.image_z(smooth.contiguous(), 20)["mean_z"]
+
+
+# ------------------------------------------------------------------------------------------------------------ the script
+
+QUICK = ("--seeds", 2, "--steps", 10, "--images", 20)
+
+
+def test_question_1_and_resume(run, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run("bit_runs.py", *QUICK, "--out", whole).returncode == 0
+    assert run("bit_runs.py", "--seeds", 1, *QUICK[2:], "--out", parts).returncode == 0
+    done = run("bit_runs.py", *QUICK, "--out", parts, "--resume")
+    assert done.returncode == 0 and "told from untrained" in done.stdout
+    assert (whole / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary == json.loads((parts / "summary.json").read_text())
+    assert len(summary["told_apart"]) == 5 + 32 and set(summary["table"]) == {"before", "after"}
+    figure = (whole / "bit_runs.png").read_bytes()
+    assert run("bit_runs.py", "--plot-only", whole).returncode == 0
+    assert (whole / "bit_runs.png").read_bytes() == figure
+
+
+def test_checkpoints_and_models(run, tmp_path):
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10))
+    torch.save({"summary": [1], "running": {"model": model.state_dict(), "step": 3}}, tmp_path / "deep.pt")
+    done = run("bit_runs.py", "--checkpoint", tmp_path / "deep.pt", "--out", tmp_path / "a")
+    assert done.returncode == 0 and "batch norm weight" in done.stdout and "all equal" in done.stdout
+    done = run("bit_runs.py", "--model", "squeezenet1_1", "--images", 5, "--out", tmp_path / "b")
+    assert done.returncode == 0 and "convolution weight" in done.stdout, done.stderr
+
+
+class Trap:
+    def __reduce__(self):
+        return print, ("code in the file was run",)
+
+
+def test_code_in_a_checkpoint_is_not_run(run, tmp_path):
+    torch.save({"model": Trap()}, tmp_path / "trap.pt")
+    done = run("bit_runs.py", "--checkpoint", tmp_path / "trap.pt", "--out", tmp_path / "a")
+    assert done.returncode == 2 and "code in the file" not in done.stdout and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments,complaint", [
+    (["--checkpoint", "absent.pt"], "absent.pt"),
+    (["--model", "resnet1"], "no model"),
+    (["--weights", "DEFAULT"], "--weights"),
+    (["--model", "resnet18", "--weights", "BEST"], "BEST"),
+    (["--model", "resnet18", "--checkpoint", "x"], "without --checkpoint"),
+    (["--seeds", 0], "--seeds"), (["--steps", 0], "--steps"), (["--images", 0], "--images"), (["--lr", "nan"], "--lr"),
+    (["--dataset", "imagenet"], "--dataset"),
+])
+def test_bad_input_is_one_line_and_exit_2(run, tmp_path, arguments, complaint):
+    done = run("bit_runs.py", *arguments, "--out", tmp_path / "a")
+    assert done.returncode == 2 and complaint in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "a").exists()
