@@ -14,9 +14,7 @@ Every run writes config.json, metrics.csv (a row per layer and bit), summary.jso
 Exit status: 0 done, 2 bad input, 130 interrupted.
 """
 
-import argparse
 import csv
-import importlib.util
 import json
 import math
 import pathlib
@@ -42,13 +40,7 @@ TYPES = tuple(f"{layer} {part}" for layer in ("convolution", "fully connected", 
 
 
 def parse_arguments(argv=None):
-    class Help(argparse.RawDescriptionHelpFormatter):
-        def __init__(self, prog):
-            super().__init__(prog, max_help_position=32, width=110)
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
-    parser.error = common.fail
-
+    parser = common.parser(__doc__)
     what = parser.add_argument_group("whose parameters; by default networks before and after training (question 1)")
     what.add_argument("--checkpoint", metavar="FILE",
                       help="a file of torch.save with a state_dict, alone or inside other containers, as constnet.py "
@@ -59,14 +51,7 @@ def parse_arguments(argv=None):
                            "default: untrained")
 
     data = parser.add_argument_group("images, for comparison and for training")
-    data.add_argument("--dataset", default="digits", metavar="NAME",
-                      help="digits (included), mnist, fashion-mnist, cifar10, cifar100 (downloaded where absent) or "
-                           "imagefolder; default: digits; paper: ImageNet's validation images")
-    data.add_argument("--data-dir", default="downloads", metavar="DIR",
-                      help="where torchvision's data sets lie or go; for imagefolder the folder that holds "
-                           "train/<class>/ and test/<class>/; default: downloads")
-    data.add_argument("--image-size", type=int, metavar="PIXELS",
-                      help="imagefolder: resize images to this many pixels square; default: the first image's size")
+    common.add_data(data, "paper: ImageNet's validation images")
     data.add_argument("--images", type=int, default=1000, metavar="N",
                       help="training images whose bits are tested, one sequence each, as float32 in [0, 1]; default: "
                            "1000")
@@ -77,37 +62,15 @@ def parse_arguments(argv=None):
     how.add_argument("--steps", type=int, default=300, metavar="N", help="of SGD with momentum 0.9; default: 300")
     how.add_argument("--batch-size", type=int, default=64, metavar="N", help="images; default: 64")
     how.add_argument("--lr", type=float, default=0.05, metavar="RATE", help="default: 0.05")
-    how.add_argument("--device", default="auto", metavar="DEVICE",
-                     help="auto (cuda where there is one), cpu, cuda, cuda:1; default: auto")
-
-    files = parser.add_argument_group("files")
-    files.add_argument("--out", metavar="DIR", help="default: runs/bit_runs/NAME, with -2, -3, ... where that exists")
-    files.add_argument("--resume", action="store_true",
-                       help="continue the run in --out (default: the newest): seeds that are finished are kept")
-    files.add_argument("--plot-only", metavar="DIR", help="draw the figure and print the table of a run again")
-    files.add_argument("--tensorboard", action="store_true",
-                       help="also log to DIR/tensorboard (pip install tensorboard)")
+    common.add_files(parser, "bit_runs/NAME", "finished networks are kept")
     args = parser.parse_args(argv)
-
-    def need(good, option, value, valid):
-        if not good:
-            common.fail(f"argument {option}: {value} is not valid; it must be {valid}")
-
-    need(args.dataset in common.DATASETS, "--dataset", repr(args.dataset), f"one of {', '.join(common.DATASETS)}")
+    common.check_common(args)
+    need = common.need
     for name in ("images", "seeds", "steps", "batch_size"):
         need(getattr(args, name) >= 1, "--" + name.replace("_", "-"), getattr(args, name), "at least 1")
-    need(args.image_size is None or args.image_size >= 1, "--image-size", args.image_size, "at least 1")
     need(math.isfinite(args.lr) and args.lr > 0, "--lr", args.lr, "finite and positive")
     need(not (args.checkpoint and args.model), "--model", args.model, "given without --checkpoint")
     need(args.model or not args.weights, "--weights", args.weights, "given with --model")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        common.fail(f"argument --device: {args.device!r} cannot be used ({str(error).splitlines()[0][:100]}); try cpu")
-    need(not args.tensorboard or importlib.util.find_spec("tensorboard"), "--tensorboard", "it",
-         "installed first: pip install tensorboard")
     return args
 
 
@@ -390,20 +353,10 @@ def main(argv=None):
     *tensors, classes = common.load_data(args.dataset, args.data_dir, args.image_size)
     data = [tensor.to(args.device) for tensor in tensors] + [classes]
 
-    out = common.run_directory(args.out, f"runs/bit_runs/{name}", args.resume)
-    arguments = {key: value for key, value in vars(args).items()
-                 if key not in ("out", "resume", "plot_only", "tensorboard", "data_dir", "device")}
+    out = common.start_run(args, f"runs/bit_runs/{name}", ("seeds", "device"))
     done = {"rows": [], "accuracies": []}
-    if args.resume:
-        was = json.loads((out / "config.json").read_text())["arguments"]
-        other = [f"--{key.replace('_', '-')} {was.get(key)}" for key, value in arguments.items()
-                 if key != "seeds" and was.get(key) != value]
-        if other:
-            common.fail(f"argument --resume: {out} is a run of another configuration, made with {', '.join(other)}")
-        if (out / "checkpoint.pt").exists():
-            done = common.load_checkpoint(out / "checkpoint.pt", "--resume")
-    common.write_json(out / "config.json", {"arguments": arguments, "command": " ".join(sys.argv),
-                                            **common.environment(torch.device(args.device))})
+    if args.resume and (out / "checkpoint.pt").exists():
+        done = common.load_checkpoint(out / "checkpoint.pt", "--resume")
     if state:
         done["rows"] = layer_rows(state, arm=name, seed=0)
     else:

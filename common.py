@@ -1,7 +1,9 @@
-"""What every experiment needs and none is about: data on the device, the run directory, checkpoints, plot style."""
+"""What every experiment needs and none is about: arguments, data on the device, the run directory, plot style."""
 
+import argparse
 import csv
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -20,6 +22,67 @@ def fail(message):
     """One line, exit status 2: bad input. The message names the argument and what would be valid."""
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def need(good, option, value, valid):
+    """Fails unless good, naming the argument, its value and what would be valid."""
+    if not good:
+        fail(f"argument {option}: {value} is not valid; it must be {valid}")
+
+
+def parser(description):
+    """argparse with wide help and one-line errors."""
+    class Help(argparse.RawDescriptionHelpFormatter):
+        def __init__(self, prog):
+            super().__init__(prog, max_help_position=32, width=110)
+
+    made = argparse.ArgumentParser(description=description, formatter_class=Help, allow_abbrev=False)
+    made.error = fail
+    return made
+
+
+def add_data(group, paper):
+    """--dataset, --data-dir, --image-size, --device; `paper` says what the paper used."""
+    group.add_argument("--dataset", default="digits", metavar="NAME",
+                       help="digits (1,797 images of 8x8, included), mnist, fashion-mnist, cifar10, cifar100 "
+                            f"(downloaded where absent) or imagefolder; default: digits; {paper}")
+    group.add_argument("--data-dir", default="downloads", metavar="DIR",
+                       help="where torchvision's data sets lie or go; for imagefolder the folder that holds "
+                            "train/<class>/ and test/<class>/; default: downloads")
+    group.add_argument("--image-size", type=int, metavar="PIXELS",
+                       help="imagefolder: resize images to this many pixels square; default: the first image's size")
+    group.add_argument("--device", default="auto", metavar="DEVICE",
+                       help="auto (cuda where there is one), cpu, cuda, cuda:1; default: auto")
+
+
+def add_files(parser, name, kept):
+    """--out, --resume, --plot-only, --tensorboard; `kept` says what a resumed run does not do again."""
+    group = parser.add_argument_group("files")
+    group.add_argument("--out", metavar="DIR", help=f"default: runs/{name}, with -2, -3, ... where that exists")
+    group.add_argument("--resume", action="store_true", help=f"continue the run in --out (default: the newest): {kept}")
+    group.add_argument("--plot-only", metavar="DIR",
+                       help="draw the figures and print the table of a run again, from its files")
+    group.add_argument("--tensorboard", action="store_true",
+                       help="also log to DIR/tensorboard (pip install tensorboard)")
+
+
+def check_common(args, defaults=None):
+    """Checks what add_data and add_files added, and fills in the defaults of the data set."""
+    need(args.dataset in DATASETS, "--dataset", repr(args.dataset), f"one of {', '.join(DATASETS)}")
+    for name, value in (defaults or {}).get(args.dataset, {}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    need(args.image_size is None or args.image_size >= 1, "--image-size", args.image_size, "at least 1")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(args.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"argument --device: {args.device!r} cannot be used ({str(error).splitlines()[0][:100]}); try cpu")
+    need(device.type in ("cpu", "cuda"), "--device", repr(args.device), "auto, cpu or cuda")
+    need(not args.tensorboard or importlib.util.find_spec("tensorboard"), "--tensorboard", "it",
+         "installed first: pip install tensorboard")
 
 
 def load_data(dataset, data_dir, image_size=None):
@@ -148,6 +211,25 @@ def run_directory(out, default, resume):
     except OSError as error:
         fail(f"argument --out: cannot write into {path} ({_line(error)}); name another directory")
     return path
+
+
+def start_run(args, default, may_differ=()):
+    """The directory of this run, with its config.json. A resumed run has the arguments it was made with, but for
+    may_differ and what decides no number; otherwise: one line and exit 2."""
+    out = run_directory(args.out, default, args.resume)
+    unrecorded = ("out", "resume", "plot_only", "tensorboard", "data_dir")
+    arguments = {key: value for key, value in vars(args).items() if key not in unrecorded}
+    if args.resume:
+        was = json.loads((out / "config.json").read_text())["arguments"]
+        other = [f"--{key.replace('_', '-')} {was.get(key)}" for key, value in arguments.items()
+                 if key not in may_differ and was.get(key) != value]
+        if other:
+            fail(f"argument --resume: {out} is a run of another configuration, made with {', '.join(other)}")
+        if was == arguments:
+            return out
+    write_json(out / "config.json", {"arguments": arguments, "command": " ".join(sys.argv),
+                                     **environment(torch.device(args.device))})
+    return out
 
 
 def environment(device):

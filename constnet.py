@@ -18,7 +18,6 @@ import argparse
 import csv
 import functools
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -50,12 +49,7 @@ DEFAULTS = {"digits": {**SMALL, "epochs": 24}, "mnist": SMALL, "fashion-mnist": 
 
 
 def parse_arguments(argv=None):
-    class Help(argparse.RawDescriptionHelpFormatter):
-        def __init__(self, prog):
-            super().__init__(prog, max_help_position=32, width=110)
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
-    parser.error = common.fail
+    parser = common.parser(__doc__)
 
     def defaults(name):
         values = {}
@@ -64,14 +58,7 @@ def parse_arguments(argv=None):
         return "default: " + "; ".join(f"{value} on {', '.join(sets)}" for value, sets in values.items())
 
     what = parser.add_argument_group("what is trained")
-    what.add_argument("--dataset", default="digits", metavar="NAME",
-                      help="digits (1,797 images of 8x8, included), mnist, fashion-mnist, cifar10, cifar100 "
-                           "(downloaded where absent) or imagefolder; default: digits; paper: cifar10, cifar100")
-    what.add_argument("--data-dir", default="downloads", metavar="DIR",
-                      help="where torchvision's data sets lie or go; for imagefolder the folder that holds "
-                           "train/<class>/ and test/<class>/; default: downloads")
-    what.add_argument("--image-size", type=int, metavar="PIXELS",
-                      help="imagefolder: resize images to this many pixels square; default: the first image's size")
+    common.add_data(what, "paper: cifar10, cifar100")
     what.add_argument("--init", default="abcd", metavar="LETTERS",
                       help="the parts of the network that start constant (Table 1): a, the residual blocks' "
                            "convolutions at 0; b, the final layer at 0; c, the first convolution with 1 / input "
@@ -104,8 +91,6 @@ def parse_arguments(argv=None):
                           f"{defaults('augment')}")
     how.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S",
                      help="of weights, data order, augmentation, dropout; several are run one by one; default: 0")
-    how.add_argument("--device", default="auto", metavar="DEVICE",
-                     help="auto (cuda where there is one), cpu, cuda, cuda:1; default: auto")
     how.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
                      help="of convolutions and products: fp32; tf32 (CUDA); bf16 (autocast). Weights are float32; "
                           "default: fp32")
@@ -129,32 +114,15 @@ def parse_arguments(argv=None):
                        help="steps FIRST <= step < END at which the order is applied, fixed before and after; "
                             "default: all")
 
-    files = parser.add_argument_group("files")
-    files.add_argument("--out", metavar="DIR",
-                       help="default: runs/constnet/DATASET, with -2, -3, ... where that exists")
-    files.add_argument("--resume", action="store_true",
-                       help="continue the run in --out (default: the newest) after an interruption, to the same bits; "
-                            "finished arms are kept")
-    files.add_argument("--plot-only", metavar="DIR",
-                       help="draw the figure and print the table of a run again, from metrics.csv and summary.json")
-    files.add_argument("--tensorboard", action="store_true",
-                       help="also log to DIR/tensorboard (pip install tensorboard)")
+    common.add_files(parser, "constnet/DATASET", "to the same bits; finished arms are kept")
     args = parser.parse_args(argv)
-
-    if args.dataset not in DEFAULTS:
-        common.fail(f"argument --dataset: unknown data set {args.dataset!r}; choose from {', '.join(DEFAULTS)}")
-    for name, value in DEFAULTS[args.dataset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    common.check_common(args, DEFAULTS)
     check_arguments(args)
     return args
 
 
 def check_arguments(args):
-    def need(good, option, value, valid):
-        if not good:
-            common.fail(f"argument {option}: {value} is not valid; it must be {valid}")
-
+    need, device = common.need, torch.device(args.device)
     orders = ("fixed", "shuffled", "atomic", "native")
     for order in args.order:
         need(order in orders, "--order", repr(order), f"one or several of {', '.join(orders)}")
@@ -166,7 +134,6 @@ def check_arguments(args):
     need(args.blocks >= 3 and args.blocks % 3 == 0, "--blocks", args.blocks, "a positive multiple of 3")
     for name in ("widen", "epochs", "batch_size"):
         need(getattr(args, name) >= 1, "--" + name.replace("_", "-"), getattr(args, name), "at least 1")
-    need(args.image_size is None or args.image_size >= 1, "--image-size", args.image_size, "at least 1")
     need(0 <= args.dropout < 1, "--dropout", args.dropout, "in [0, 1)")
     need(0 <= args.momentum < 1, "--momentum", args.momentum, "in [0, 1)")
     for name in ("lr", "weight_decay", "mixup"):
@@ -177,19 +144,9 @@ def check_arguments(args):
     if args.order_steps is not None:
         need(0 <= args.order_steps[0] < args.order_steps[1], "--order-steps", args.order_steps,
              "FIRST END with 0 <= FIRST < END: the window would be empty")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(args.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        common.fail(f"argument --device: {args.device!r} cannot be used ({str(error).splitlines()[0][:100]}); try cpu")
-    need(device.type in ("cpu", "cuda"), "--device", repr(args.device), "auto, cpu or cuda")
     need(device.type == "cpu" or ordered_reduce.cuda_built(), "--device", args.device,
          "cpu, since ordered_reduce was built without CUDA kernels (put nvcc on PATH and `pip install -e csrc` again)")
     need(args.precision != "tf32" or device.type == "cuda", "--precision", "tf32", "fp32 or bf16 on the CPU")
-    need(not args.tensorboard or importlib.util.find_spec("tensorboard"), "--tensorboard", "it",
-         "installed first: pip install tensorboard")
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -588,20 +545,10 @@ def main(argv=None):
     except ValueError as error:
         common.fail(f"argument --order-layers: {error}")
 
-    out = common.run_directory(args.out, f"runs/constnet/{args.dataset}", args.resume)
-    arguments = {key: value for key, value in vars(args).items()
-                 if key not in ("out", "resume", "plot_only", "tensorboard", "data_dir")}
+    out = common.start_run(args, f"runs/constnet/{args.dataset}")
     done = {"summary": [], "rows": [], "running": None}
-    if args.resume:
-        was = json.loads((out / "config.json").read_text())["arguments"]
-        other = [f"--{key.replace('_', '-')} {was.get(key)}" for key, value in arguments.items() if was[key] != value]
-        if other:
-            common.fail(f"argument --resume: {out} is a run of another configuration, made with {', '.join(other)}")
-        if (out / "checkpoint.pt").exists():
-            done = common.load_checkpoint(out / "checkpoint.pt", "--resume")
-    else:
-        common.write_json(out / "config.json", {"arguments": arguments, "command": " ".join(sys.argv),
-                                                **common.environment(torch.device(args.device))})
+    if args.resume and (out / "checkpoint.pt").exists():
+        done = common.load_checkpoint(out / "checkpoint.pt", "--resume")
     logged = len(done["rows"]) + len(done["running"]["rows"] if done["running"] else [])
 
     def save(running):

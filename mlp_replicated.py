@@ -17,10 +17,8 @@ Exit status: 0 done, 2 bad input, 3 a cell diverged (its test error is left empt
 kept).
 """
 
-import argparse
 import csv
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -37,6 +35,7 @@ import common
 
 TILE = 256        # hidden units of one matrix product: all products have one shape, so that no cell sees its neighbours
 SLICE = 250       # test images evaluated at a time
+GROWING = ("widths", "features", "noise", "dropout", "seeds")   # what --resume may add to
 GRID = ("width", "features", "noise", "dropout")   # what names a cell, in this order
 SMALL = dict(widths=[8, 16, 32, 64], seeds=10, steps=1500)
 PAPER = dict(widths=[8, 16, 32, 64, 128, 256], seeds=30, steps=7500)
@@ -47,13 +46,7 @@ DEFAULTS = {dataset: SMALL if dataset == "digits" else PAPER for dataset in comm
 
 
 def parse_arguments(argv=None):
-    class Help(argparse.RawDescriptionHelpFormatter):
-        def __init__(self, prog):
-            super().__init__(prog, max_help_position=32, width=110)
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
-    parser.error = common.fail
-
+    parser = common.parser(__doc__)
     what = parser.add_argument_group("the grid")
     what.add_argument("--widths", type=int, nargs="+", metavar="N",
                       help="hidden units; default: 8 16 32 64 on digits, 8 to 256 elsewhere; paper: a range not given")
@@ -74,14 +67,7 @@ def parse_arguments(argv=None):
                       help="runs of every cell, seeds 0 to COUNT - 1; default: 10 on digits, 30 elsewhere; paper: 30")
 
     how = parser.add_argument_group("data and training")
-    how.add_argument("--dataset", default="digits", metavar="NAME",
-                     help="digits (included), mnist, fashion-mnist, cifar10, cifar100 (downloaded where absent) or "
-                          "imagefolder, flattened and scaled to [0, 1]; default: digits; paper: mnist")
-    how.add_argument("--data-dir", default="downloads", metavar="DIR",
-                     help="where torchvision's data sets lie or go; for imagefolder the folder that holds "
-                          "train/<class>/ and test/<class>/; default: downloads")
-    how.add_argument("--image-size", type=int, metavar="PIXELS",
-                     help="imagefolder: resize images to this many pixels square; default: the first image's size")
+    common.add_data(how, "paper: mnist; images are flattened and scaled to [0, 1]")
     how.add_argument("--steps", type=int, metavar="N",
                      help="of plain SGD; default: 1500 on digits, 7500 elsewhere; paper: 7500")
     how.add_argument("--batch-size", type=int, default=64, metavar="N",
@@ -92,37 +78,19 @@ def parse_arguments(argv=None):
                           "shuffled, atomic over --splits partial gradients (slower: cell by cell); default: native")
     how.add_argument("--splits", type=int, default=8, metavar="G",
                      help="partial gradients of a batch with --order; must divide the batch size; default: 8")
-    how.add_argument("--device", default="auto", metavar="DEVICE",
-                     help="auto (cuda where there is one), cpu, cuda, cuda:1; default: auto")
     how.add_argument("--memory", type=float, metavar="GIB",
                      help="what is trained at once may take this much; default: 60 %% of a GPU's free memory, 0.15 on "
                           "the CPU (one seed of the paper's grid at a time is the fastest: its weights stay in cache)")
 
-    files = parser.add_argument_group("files")
-    files.add_argument("--out", metavar="DIR",
-                       help="default: runs/mlp_replicated/DATASET, with -2, -3, ... where that exists")
-    files.add_argument("--resume", action="store_true",
-                       help="continue the run in --out (default: the newest): finished cells are kept, and the grid "
-                            "may have grown")
-    files.add_argument("--plot-only", metavar="DIR", help="draw the figures and print the table of a run again")
-    files.add_argument("--tensorboard", action="store_true",
-                       help="also log to DIR/tensorboard (pip install tensorboard)")
+    common.add_files(parser, "mlp_replicated/DATASET", "finished cells are kept, and the grid may have grown")
     args = parser.parse_args(argv)
-
-    if args.dataset not in DEFAULTS:
-        common.fail(f"argument --dataset: unknown data set {args.dataset!r}; choose from {', '.join(DEFAULTS)}")
-    for name, value in DEFAULTS[args.dataset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    common.check_common(args, DEFAULTS)
     check_arguments(args)
     return args
 
 
 def check_arguments(args):
-    def need(good, option, value, valid):
-        if not good:
-            common.fail(f"argument {option}: {value} is not valid; it must be {valid}")
-
+    need = common.need
     for name in ("widths", "features", "noise", "dropout"):
         values = getattr(args, name) or []
         need(len(set(values)) == len(values), f"--{name}", values, "different values")
@@ -136,23 +104,12 @@ def check_arguments(args):
     need(all(0 <= dropout < 1 for dropout in args.dropout), "--dropout", args.dropout, "in [0, 1)")
     for name in ("seeds", "steps", "batch_size"):
         need(getattr(args, name) >= 1, "--" + name.replace("_", "-"), getattr(args, name), "at least 1")
-    need(args.image_size is None or args.image_size >= 1, "--image-size", args.image_size, "at least 1")
     need(math.isfinite(args.lr) and args.lr >= 0, "--lr", args.lr, "finite and at least 0")
     orders = ("native", "fixed", "shuffled", "atomic")
     need(args.order in orders, "--order", repr(args.order), f"one of {', '.join(orders)}")
     need(args.splits >= 1 and args.batch_size % args.splits == 0, "--splits", args.splits,
          f"a divisor of the batch size, {args.batch_size}")
     need(args.memory is None or 0 < args.memory < math.inf, "--memory", args.memory, "positive, in GiB")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(args.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        common.fail(f"argument --device: {args.device!r} cannot be used ({str(error).splitlines()[0][:100]}); try cpu")
-    need(device.type in ("cpu", "cuda"), "--device", repr(args.device), "auto, cpu or cuda")
-    need(not args.tensorboard or importlib.util.find_spec("tensorboard"), "--tensorboard", "it",
-         "installed first: pip install tensorboard")
 
 
 def grid(args):
@@ -525,18 +482,8 @@ def main(argv=None):
 
     out = None
     if rank == 0:
-        out = common.run_directory(args.out, f"runs/mlp_replicated/{args.dataset}", args.resume)
-        arguments = {key: value for key, value in vars(args).items()
-                     if key not in ("out", "resume", "plot_only", "tensorboard", "data_dir", "memory", "device")}
-        if args.resume:
-            was = json.loads((out / "config.json").read_text())["arguments"]
-            other = [f"--{key.replace('_', '-')} {was.get(key)}" for key, value in arguments.items()
-                     if key not in ("widths", "features", "noise", "dropout", "seeds") and was.get(key) != value]
-            if other:
-                common.fail(f"argument --resume: {out} is a run of another configuration, made with {', '.join(other)}")
+        out = common.start_run(args, f"runs/mlp_replicated/{args.dataset}", (*GROWING, "memory", "device"))
         (out / "seeds").mkdir(exist_ok=True)
-        common.write_json(out / "config.json", {"arguments": arguments, "command": " ".join(sys.argv),
-                                                **common.environment(device)})
     if processes > 1:
         names = [out]
         torch.distributed.broadcast_object_list(names)

@@ -1,14 +1,16 @@
-"""Speed on the CPU, as ratios measured in one run: `sum` against torch.sum, a Constnet step against PyTorch's own; and
-which kernels' bits depend on the number of threads.
+"""Speed on the CPU, as ratios measured in one run: `sum` against torch.sum, a Constnet step against PyTorch's own, the
+grid of mlp_replicated.py against one network after the other; and which kernels' bits depend on the number of threads.
 
-    python bench/cpu.py [--out results/bench/cpu.json]      # about 3 minutes on two cores, 1.1 GB
+    python bench/cpu.py [--out results/bench/cpu.json]      # about 4 minutes on two cores, 1.1 GB
 
 The two sides of a ratio alternate, and the ratio is the median of the pairs' ratios, so that a machine that slows down
 for a while slows both. Reach: sum at least 0.9 of torch.sum's throughput, a step at most 1.25 times native's, the
-symmetry measures at most 5 % of a step.
+symmetry measures at most 5 % of a step; the grid at least 4 times faster, and at least 60 % of the rate of a large
+matrix product. --only runs one part and leaves the others' numbers in the file.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import statistics
@@ -16,6 +18,7 @@ import sys
 import time
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
@@ -23,6 +26,7 @@ import ordered_reduce
 
 import common
 import constnet
+import mlp_replicated
 
 
 def compare(ours, theirs, seconds=2.0):
@@ -126,13 +130,58 @@ def threads():
     return rows
 
 
+def grid():
+    """All cells of one seed, N = 16 to 256 on 784 inputs, against a loop of nn.Modules, per step."""
+    args = mlp_replicated.parse_arguments(["--dataset", "mnist", "--widths", "16", "32", "64", "128", "256", "--steps",
+                                           "60", "--device", "cpu"])
+    cells = mlp_replicated.grid(args)
+    x, y = torch.randint(0, 256, (2000, 784), dtype=torch.uint8), torch.randint(0, 10, (2000,))
+    (_, units), = mlp_replicated.rooms(cells, 1 << 20)
+    square = torch.randn(2048, 2048)
+    rates, batched, one_by_one = [], [], 0.0
+
+    def timed(f):
+        started = time.perf_counter()
+        f()
+        return time.perf_counter() - started
+
+    for _ in range(3):
+        rates += [2 * 2048 ** 3 / timed(lambda: square @ square) for _ in range(5)]
+        ticks = []
+        mlp_replicated.train(cells, units, [0], [x, y, x[:250], y[:250], 10], args,
+                             lambda _: ticks.append(time.perf_counter()))
+        batched += [b - a for a, b in itertools.pairwise(ticks[11:])]
+    for width, *_ in cells:
+        model = nn.Sequential(nn.Linear(784, width, bias=False), nn.ReLU(), nn.Linear(width, 10, bias=False))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step():
+            index = torch.randint(2000, (64,))
+            loss = F.cross_entropy(model(x[index] / 255), y[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        one_by_one += statistics.median([timed(step) for _ in range(25)][5:])
+    seconds, rate = statistics.median(batched), statistics.median(rates)
+    operations = 64 * sum(width * (4 * 784 + 6 * 10) for width, *_ in cells)   # forward and backward of both layers
+    rows = [{"what": f"MLP grid, {len(cells)} cells, N = 16 to 256, batch 64",
+             "times_faster": round(one_by_one / seconds, 2),
+             "share_of_matrix_rate": round(operations / seconds / rate, 3),
+             "milliseconds": round(seconds * 1e3, 2), "one_by_one_milliseconds": round(one_by_one * 1e3, 2),
+             "matrix_gigaflops": round(rate / 1e9, 1)}]
+    print(rows[-1], flush=True)
+    return rows
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default="results/bench/cpu.json")
-    parser.add_argument("--only", choices=("threads", "steps", "sums"), help="default: all")
+    parser.add_argument("--only", choices=("threads", "steps", "sums", "grid"), help="default: all")
     args = parser.parse_args()
-    result = {**common.environment(torch.device("cpu"))}
-    for part in (threads, steps, sums):
+    result = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
+    result.update(common.environment(torch.device("cpu")))
+    for part in (threads, steps, sums, grid):
         if args.only in (None, part.__name__):
             result[part.__name__] = part()
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -156,15 +156,24 @@ def test_code_in_a_checkpoint_is_not_run(run, tmp_path):
 
 
 @pytest.mark.parametrize("arguments,complaint", [
-    (["--checkpoint", "absent.pt"], "absent.pt"),
-    (["--model", "resnet1"], "no model"),
     (["--weights", "DEFAULT"], "--weights"),
-    (["--model", "resnet18", "--weights", "BEST"], "BEST"),
     (["--model", "resnet18", "--checkpoint", "x"], "without --checkpoint"),
     (["--seeds", 0], "--seeds"), (["--steps", 0], "--steps"), (["--images", 0], "--images"), (["--lr", "nan"], "--lr"),
     (["--dataset", "imagenet"], "--dataset"),
 ])
-def test_bad_input_is_one_line_and_exit_2(run, tmp_path, arguments, complaint):
-    done = run("bit_runs.py", *arguments, "--out", tmp_path / "a")
-    assert done.returncode == 2 and complaint in done.stderr and done.stderr.count("\n") == 1, done.stderr
+def test_bad_arguments_are_one_line_and_exit_2(capsys, arguments, complaint):
+    with pytest.raises(SystemExit) as stopped:
+        bit_runs.parse_arguments([*map(str, arguments)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and complaint in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments,complaint", [(["--checkpoint", "absent.pt"], "absent.pt"),
+                                                 (["--model", "resnet1"], "no model"),
+                                                 (["--model", "resnet18", "--weights", "BEST"], "BEST")])
+def test_what_does_not_exist_is_one_line_and_exit_2(capsys, tmp_path, arguments, complaint):
+    with pytest.raises(SystemExit) as stopped:
+        bit_runs.main([*arguments, "--out", str(tmp_path / "a")])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and complaint in error and error.count("\n") == 1
     assert not (tmp_path / "a").exists()

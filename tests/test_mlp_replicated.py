@@ -261,12 +261,22 @@ def test_a_grown_grid_keeps_its_finished_cells(reference, tmp_path, run):
     (["--widths", 8, 8], "different"),
     (["--order", "random"], "fixed, shuffled, atomic"),
     (["--order", "fixed", "--splits", 7], "divisor"),
+    (["--dataset", "imagenet"], "imagefolder"),
+    (["--memory", 0], "--memory"),
+])
+def test_bad_arguments_are_one_line_and_exit_2(capsys, arguments, complaint):
+    with pytest.raises(SystemExit) as stopped:
+        mlp_replicated.parse_arguments([*map(str, arguments)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and complaint in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments,complaint", [
     (["--memory", 1e-6], "it takes"),
     (["--batch-size", 2000], "1438 training images"),
-    (["--dataset", "imagenet"], "unknown data set"),
     (["--resume"], "no run to continue"),
 ])
-def test_bad_input_is_one_line_and_exit_2(run, tmp_path, arguments, complaint):
+def test_what_the_data_do_not_allow_is_one_line_and_exit_2(run, tmp_path, arguments, complaint):
     done = run("mlp_replicated.py", *arguments, "--out", tmp_path / "run")
     assert done.returncode == 2 and complaint in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "run" / "metrics.csv").exists()
