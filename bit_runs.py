@@ -290,8 +290,8 @@ def draw_figure(rows, path):
             axis.axvline(bits, color="0.7", linewidth=0.8)
         axis.axhline(1.96, color="0.4", linewidth=0.8, linestyle="--")
         axis.set(title=kind, xlabel="bit (0-22 fraction, 23-30 exponent, 31 sign)")
-        axis.set_yscale("symlog", linthresh=4)
-        axis.yaxis.set_major_formatter("{x:g}")
+        if any(abs(row["z"]) > 20 for row in rows if row["z"] is not None):
+            axis.set_yscale("symlog", linthresh=10)
     axes[0][0].set_ylabel("|z| of the number of runs (dashed: 5 % level)")
     axes[0][0].legend(markerscale=3)
     common.save_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))

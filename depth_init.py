@@ -1,0 +1,504 @@
+"""Depth-scaled initialisation: does a layer's variance that grows with its depth help a deep network to learn?
+
+Pandey, "Incorporating Each Layer Depth Information for Better Initialization Scheme" (arXiv 2509.05018). Layer l of L
+gets the variance of He's or Xavier's initialisation times s_l, with the product of all s_l the network variance V. The
+paper compares s_l that increase with l, the same in reverse, all equal, and all 1, for 54 layers of 64 units. The
+equations of the paper are missing from every copy we found; these are a reconstruction that agrees with its prose
+(a third of the layers lies below 1 at V = 22):
+
+    increasing   s_l = (l / k + c)^(1/n), k such that the product is V: for c = 0, k = (L!)^(1/L) V^(-n/L)
+                 or, with --function log, s_1 = 1 and s_l = log_k(l) for l >= 2
+    decreasing   the same values in reverse order        constant   s_l = V^(1/L)        unit   s_l = 1
+
+    python depth_init.py                                   # digits, about a minute on two cores
+    python depth_init.py --dataset cifar10 --epochs 100    # the paper's data; wants a GPU
+
+The initialiser serves any model: depth_scaled_init_(model, "he normal", "increasing", variance=22). All seeds of an arm
+train as one batched model. Every run writes config.json, metrics.csv (a row per arm, seed and epoch), layers.csv (the
+distributions per layer), summary.json, curves.png, layers.png and checkpoint.pt.
+Exit status: 0 done, 2 bad input, 3 an arm diverged (its rows are kept), 130 interrupted (finished arms are kept).
+"""
+
+import csv
+import itertools
+import json
+import math
+import pathlib
+import sys
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import common
+
+INITS = ("he normal", "he uniform", "xavier normal", "xavier uniform")
+SCALINGS = ("unit", "constant", "increasing", "decreasing")
+QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+SMALL = dict(epochs=20, seeds=5)
+LARGE = dict(epochs=20, seeds=30)
+DEFAULTS = {dataset: SMALL if dataset == "digits" else LARGE for dataset in common.DATASETS}
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def parse_arguments(argv=None):
+    parser = common.parser(__doc__)
+    what = parser.add_argument_group("the arms: every combination is one")
+    what.add_argument("--init", nargs="+", default=["he normal", "he uniform"], metavar="INIT",
+                      help=f"of {', '.join(map(repr, INITS))}; default: 'he normal' 'he uniform'; paper: all")
+    what.add_argument("--scaling", nargs="+", default=list(SCALINGS), metavar="SCALING",
+                      help=f"of {', '.join(SCALINGS)}; default and paper: all")
+    what.add_argument("--variance", type=float, nargs="+", default=[22.0], metavar="V",
+                      help="the network's, the product of all s_l; default and paper: 22")
+    what.add_argument("--batch-norm", nargs="+", choices=("off", "on"), default=["off"],
+                      help="before every activation: the paper's remedy for late trouble at high variance; default: "
+                           "off")
+
+    net = parser.add_argument_group("the network and its scaling")
+    net.add_argument("--network", choices=("fc", "conv"), default="fc",
+                     help="fully connected; or 3x3 convolutions that halve the image after each third of the layers, "
+                          "and the image's mean; default: fc")
+    net.add_argument("--layers", type=int, default=54, metavar="L",
+                     help="before the output layer; default and paper: 54")
+    net.add_argument("--width", type=int, default=64, metavar="N", help="units or channels; default and paper: 64")
+    net.add_argument("--activation", choices=("relu", "tanh"), default="relu", help="default and paper: relu")
+    net.add_argument("--function", choices=("power", "log"), default="power",
+                     help="by which s_l grows; default: power; the paper's is lost")
+    net.add_argument("--n", type=float, default=2.0, metavar="N",
+                     help="of power: s_l = (l / k + c)^(1/N); default: 2")
+    net.add_argument("--c", type=float, default=0.0, metavar="C",
+                     help="of power, so that no s_l is very low; default: 0")
+
+    how = parser.add_argument_group("data and training")
+    common.add_data(how, "paper: cifar10")
+    how.add_argument("--normalize", action="store_true",
+                     help="inputs of mean 0 and variance 1; default and paper: scaled to [0, 1]")
+    how.add_argument("--epochs", type=int, metavar="N", help="default: 20; paper: not given")
+    how.add_argument("--batch-size", type=int, default=64, metavar="N", help="images; default: 64; paper: not given")
+    how.add_argument("--lr", type=float, default=0.01, metavar="RATE",
+                     help="of SGD with momentum 0.9; default: 0.01; paper: not given")
+    how.add_argument("--seeds", type=int, metavar="COUNT",
+                     help="networks of an arm, trained as one; default: 5 on digits, 30 elsewhere")
+    common.add_files(parser, "depth_init/DATASET", "finished arms are kept")
+    args = parser.parse_args(argv)
+    common.check_common(args, DEFAULTS)
+    need = common.need
+    for name, valid in (("init", INITS), ("scaling", SCALINGS)):
+        values = getattr(args, name)
+        need(set(values) <= set(valid) and len(set(values)) == len(values), f"--{name}", " ".join(values),
+             f"different ones of {', '.join(map(repr, valid))}")
+    for name in ("variance", "batch_norm"):
+        values = getattr(args, name)
+        need(len(set(values)) == len(values), "--" + name.replace("_", "-"), values, "different values")
+    for name in ("epochs", "batch_size", "seeds", "layers", "width"):
+        need(getattr(args, name) >= 1, "--" + name.replace("_", "-"), getattr(args, name), "at least 1")
+    need(math.isfinite(args.lr) and args.lr > 0, "--lr", args.lr, "finite and positive")
+    for scaling, variance in itertools.product(args.scaling, args.variance):
+        try:
+            scales(args.layers, scaling, variance, args.function, args.n, args.c)
+        except ValueError as error:
+            common.fail(f"argument --variance, --function, --n or --c: {error}")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------------ initialisation
+
+
+def scales(layers, scaling, variance=22.0, function="power", n=2.0, c=0.0):
+    """[s_1, ..., s_L], whose product is the network variance V (1 with scaling "unit").
+
+    A reconstruction of Sections 4 and 6 to 9 of arXiv 2509.05018. Raises ValueError, with the reason, where there is no
+    such scaling.
+    """
+    if scaling not in SCALINGS:
+        raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}; got {scaling!r}")
+    if not (math.isfinite(variance) and variance > 0):
+        raise ValueError(f"the network variance must be finite and positive, as every s_l is; got {variance}")
+    depths = np.arange(1, layers + 1)
+    if scaling in ("unit", "constant"):
+        return np.full(layers, 1.0 if scaling == "unit" else variance ** (1 / layers))
+    if function == "log":
+        if layers < 2:
+            raise ValueError("the logarithm of layer 1 is 0: log needs at least 2 layers")
+        logs = np.log(np.log(depths[1:]))   # of ln l, whose sum may be below 0
+        log_k = math.exp((logs.sum() - math.log(variance)) / (layers - 1))
+        s = np.array([1.0, *(np.log(depths[1:]) / log_k)])
+    else:
+        if not (math.isfinite(n) and n > 0):
+            raise ValueError(f"n must be finite and positive, or s_l would not increase with l; got {n}")
+        if not (math.isfinite(c) and c >= 0):
+            raise ValueError(f"c must be finite and at least 0, as it lifts the lowest s_l; got {c}")
+        if c > 0 and layers / n * math.log(c) >= math.log(variance):
+            raise ValueError(f"no k exists: with c = {c} and n = {n} every s_l is above c^(1/n), and their product "
+                             f"above 10^{layers / n * math.log10(c):.3g}, which the variance {variance} is not")
+        low, high = -700.0, 700.0   # of log(1 / k), with which the product grows, from c^(L/n) to infinity
+        for _ in range(100):
+            middle = (low + high) / 2
+            too_low = np.log(depths * math.exp(middle) + c).sum() / n < math.log(variance)
+            low, high = (middle, high) if too_low else (low, middle)
+        s = (depths * math.exp(high) + c) ** (1 / n)
+    return s[::-1].copy() if scaling == "decreasing" else s
+
+
+def draw_(weight, init, fan_in, fan_out, scale, generator=None):
+    """Fills weight in place: He's or Xavier's variance times scale, normal or uniform."""
+    deviation = math.sqrt(scale * (2 / fan_in if init.startswith("he") else 2 / (fan_in + fan_out)))
+    if init.endswith("normal"):
+        return weight.normal_(0, deviation, generator=generator)
+    return weight.uniform_(-math.sqrt(3) * deviation, math.sqrt(3) * deviation, generator=generator)
+
+
+@torch.no_grad()
+def depth_scaled_init_(model, init="he normal", scaling="increasing", variance=22.0, function="power", n=2.0, c=0.0,
+                       generator=None):
+    """Initialises the Linear and Conv layers of any model in place, in the order in which the model lists them.
+
+    All but the last, which gives the output, are scaled by s_1 ... s_L; the last has s = 1; biases are 0. Raises
+    ValueError for an unknown init, for parameters for which no scaling exists, or where the model has no such layers.
+    """
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}; got {init!r}")
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))]
+    if len(layers) < 2:
+        raise ValueError("the model needs at least two Linear or Conv layers: those but the last are scaled")
+    for layer, s in zip(layers, [*scales(len(layers) - 1, scaling, variance, function, n, c), 1.0], strict=True):
+        fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(layer.weight)
+        draw_(layer.weight, init, fan_in, fan_out, s, generator)
+        if layer.bias is not None:
+            layer.bias.zero_()
+    return model
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+
+class Batched(nn.Module):
+    """`seeds` networks as one: their layers are the groups of grouped convolutions; (B, seeds * channels, h, w) inside.
+
+    A fully connected layer is a 1x1 convolution of a 1x1 image. Biases start at 0. A seed's weights do not depend on
+    how many others there are.
+    """
+
+    def __init__(self, args, channels, classes, arm):
+        super().__init__()
+        init, scaling, variance, norm = arm
+        seeds, kernel = args.seeds, 1 if args.network == "fc" else 3
+        widths = [channels, *[args.width] * args.layers, classes]
+        s = [*scales(args.layers, scaling, variance, args.function, args.n, args.c), 1.0]
+        generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
+        self.layers, self.seeds = nn.ModuleList(), seeds
+        self.activation = torch.relu if args.activation == "relu" else torch.tanh
+        for layer, (n_in, n_out) in enumerate(itertools.pairwise(widths)):
+            k = 1 if layer == args.layers else kernel
+            halves = args.network == "conv" and layer and layer < args.layers and layer % max(1, args.layers // 3) == 0
+            conv = nn.Conv2d(seeds * n_in, seeds * n_out, k, 2 if halves else 1, padding=k // 2, groups=seeds)
+            with torch.no_grad():
+                for weight, generator in zip(conv.weight.view(seeds, n_out, n_in, k, k), generators, strict=True):
+                    draw_(weight, init, n_in * k * k, n_out * k * k, s[layer], generator)
+                conv.bias.zero_()
+            self.layers.append(conv)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(seeds * args.width) if norm == "on" else nn.Identity()
+                                   for _ in range(args.layers))
+
+    def forward(self, x, watched=None):
+        """(B, channels, h, w), the same images for all seeds -> (B, seeds, classes); watched gets every z = W a."""
+        x = x.repeat(1, self.seeds, 1, 1)
+        for layer, norm in zip(self.layers, self.norms, strict=False):
+            z = layer(x)
+            if watched is not None:
+                z.retain_grad()
+                watched.append(z)
+            x = self.activation(norm(z))
+        return self.layers[-1](x.mean((2, 3), keepdim=True)).view(len(x), self.seeds, -1)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def losses(model, x, y, watched=None):
+    """(seeds,) mean cross entropy of a batch."""
+    logits = model(x, watched)
+    return F.cross_entropy(logits.transpose(1, 2), y[:, None].expand(-1, model.seeds), reduction="none").mean(0)
+
+
+def distributions(model, x, y, arm, when):
+    """Rows of layers.csv: weights, activations z = W a before the nonlinearity and their gradients, over all seeds."""
+    watched, rows = [], []
+    losses(model, x, y, watched).sum().backward()
+    model.zero_grad()
+    for layer, z in enumerate(watched):
+        for quantity, values in (("weight", model.layers[layer].weight), ("activation", z), ("gradient", z.grad)):
+            values = values.detach().flatten().double()
+            some = values[:: max(1, len(values) // 100_000)]
+            quantiles = torch.quantile(some, torch.tensor(QUANTILES).to(some)).tolist()
+            rows.append({**dict(zip(("init", "scaling", "variance", "batch_norm"), arm, strict=True)), "epoch": when,
+                         "layer": layer + 1, "quantity": quantity, "mean_square": values.square().mean().item(),
+                         **{f"q{q:g}": value for q, value in zip(QUANTILES, quantiles, strict=True)}})
+    return rows
+
+
+@torch.no_grad()
+def evaluate(model, images, labels, normalise):
+    """(seeds,) test loss and accuracy [%]."""
+    model.eval()
+    total, correct = 0.0, 0
+    for x, y in zip(images.split(500), labels.split(500), strict=True):
+        logits = model(normalise(x))
+        total += F.cross_entropy(logits.transpose(1, 2), y[:, None].expand(-1, model.seeds), reduction="none").sum(0)
+        correct += (logits.argmax(2) == y[:, None]).sum(0)
+    model.train()
+    return (total / len(labels)).tolist(), (100 * correct / len(labels)).tolist()
+
+
+def train(args, arm, data, progress):
+    """Rows of metrics.csv and of layers.csv of one arm, all its seeds together."""
+    images, labels, test_images, test_labels, classes = data
+    scale = float(images.max())
+    mean = images.float().mean((0, 2, 3), keepdim=True) if args.normalize else 0
+    deviation = images.float().std((0, 2, 3), keepdim=True).clamp(min=1e-3) if args.normalize else scale
+
+    def normalise(x):
+        x = (x.float() - mean) / deviation
+        return x.flatten(1)[:, :, None, None] if args.network == "fc" else x
+
+    model = Batched(args, normalise(images[:1]).shape[1], classes, arm).to(images.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
+    names = dict(zip(("init", "scaling", "variance", "batch_norm"), arm, strict=True))
+    probe = normalise(images[:256]), labels[:256]
+    rows, layers = [], distributions(model, *probe, arm, 0)
+
+    def log(epoch, train_losses):
+        test_losses, accuracies = evaluate(model, test_images, test_labels, normalise)
+        rows.extend({**names, "seed": seed, "epoch": epoch, "train_loss": train_losses[seed] if train_losses else None,
+                     "test_loss": test_losses[seed], "test_accuracy": accuracies[seed]} for seed in range(args.seeds))
+
+    log(0, None)
+    for epoch in range(1, args.epochs + 1):
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch)).to(images.device)
+        total, batches = 0.0, order[:len(order) // args.batch_size * args.batch_size].view(-1, args.batch_size)
+        for index in batches:
+            loss = losses(model, normalise(images[index]), labels[index])
+            optimizer.zero_grad()
+            loss.sum().backward()   # the seeds share no weights, so their gradients do not mix
+            optimizer.step()
+            total = total + loss.detach()
+            progress.update()
+        log(epoch, (total / len(batches)).tolist())
+        if epoch in (max(1, args.epochs // 2), args.epochs):
+            layers += distributions(model, *probe, arm, epoch)
+    return rows, layers
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+ARM = ("init", "scaling", "variance", "batch_norm")
+NUMBERS = ("variance", "train_loss", "test_loss", "test_accuracy", "mean_square", *(f"q{q:g}" for q in QUANTILES))
+
+
+def read_rows(path):
+    with open(path, newline="") as file:
+        return [{key: None if value == "" else float(value) if key in NUMBERS else
+                 value if key in ("init", "scaling", "batch_norm", "quantity") else int(value)
+                 for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def arm_of(row):
+    return tuple(row[key] for key in ARM)
+
+
+def finals(rows):
+    """{arm: final test accuracies by seed}"""
+    last = max(row["epoch"] for row in rows)
+    found = {}
+    for row in rows:
+        if row["epoch"] == last:
+            found.setdefault(arm_of(row), []).append(row["test_accuracy"])
+    return {arm: np.array(values) for arm, values in found.items()}
+
+
+def interval(values):
+    """Mean and its 95 % bootstrap interval."""
+    draws = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
+    return float(values.mean()), float(np.percentile(draws, 2.5)), float(np.percentile(draws, 97.5))
+
+
+def claims(rows):
+    """The paper's claims, each as a difference of final test accuracies [points] between arms alike in all else, paired
+    by seed. None where the arms were not run."""
+    accuracy, found = finals(rows), []
+    variances = sorted({arm[2] for arm in accuracy})
+
+    def compare(claim, better, worse):
+        if better in accuracy and worse in accuracy:
+            mean, low, high = interval(accuracy[better] - accuracy[worse])
+            found.append({"claim": claim, "better": " / ".join(map(str, better)), "worse": " / ".join(map(str, worse)),
+                          "difference": mean, "low": low, "high": high,
+                          "holds": "yes" if low > 0 else "no" if high < 0 else "not decided"})
+
+    for init, variance, norm in itertools.product(INITS, variances, ("off", "on")):
+        for other in ("unit", "constant", "decreasing"):
+            compare("increasing beats the others", (init, "increasing", variance, norm), (init, other, variance, norm))
+        for other in ("unit", "constant"):
+            compare("decreasing is worse", (init, other, variance, norm), (init, "decreasing", variance, norm))
+    for scaling, variance in itertools.product(SCALINGS, variances):
+        compare("normal trains where uniform stalls" if scaling == "unit" else "normal is better than uniform",
+                ("he normal", scaling, variance, "off"), ("he uniform", scaling, variance, "off"))
+    for init, scaling in itertools.product(INITS, SCALINGS[1:]):
+        compare("batch norm mends a high variance", (init, scaling, variances[-1], "on"),
+                (init, scaling, variances[-1], "off"))
+    return found
+
+
+def summarise(rows):
+    accuracy = finals(rows)
+    arms = [{**dict(zip(ARM, arm, strict=True)), "seeds": len(values),
+             **dict(zip(("test_accuracy", "low", "high"), interval(values), strict=True))}
+            for arm, values in accuracy.items()]
+    return {"arms": arms, "claims": claims(rows)}
+
+
+def draw_figures(rows, layers, config, directory):
+    """curves.png: test accuracy and training loss over epochs, mean and 95 % of the seeds; layers.png: mean squares of
+    activations and gradients by layer at the start against the theory, and the weights' quantiles."""
+    plt = common.plot_style()
+    arms = list(dict.fromkeys(map(arm_of, rows)))
+    kinds = list(dict.fromkeys((arm[0], arm[3]) for arm in arms))
+    variances = sorted({arm[2] for arm in arms})
+
+    def style(arm):
+        name = arm[1] + (f", V = {arm[2]:g}" if len(variances) > 1 and arm[1] != "unit" else "")
+        return {"color": f"C{SCALINGS.index(arm[1])}", "label": name,
+                "linestyle": ("-", "--", ":", "-.")[variances.index(arm[2]) % 4]}
+
+    def save(figure, name):
+        common.save_atomically(directory / name, lambda temporary: figure.savefig(temporary, format="png"))
+        plt.close(figure)
+
+    figure, axes = plt.subplots(2, len(kinds), figsize=(4.2 * len(kinds), 6), squeeze=False, sharex=True, sharey="row",
+                                layout="constrained")
+    for column, kind in enumerate(kinds):
+        for arm in (arm for arm in arms if (arm[0], arm[3]) == kind):
+            mine = [row for row in rows if arm_of(row) == arm]
+            for axis, key in zip(axes[:, column], ("test_accuracy", "train_loss"), strict=True):
+                epochs = sorted({row["epoch"] for row in mine if row[key] is not None})
+                values = [[row[key] for row in mine if row["epoch"] == epoch] for epoch in epochs]
+                axis.plot(epochs, [np.mean(v) for v in values], **style(arm))
+                axis.fill_between(epochs, *(np.array([np.percentile(v, q) for v in values]) for q in (2.5, 97.5)),
+                                  color=style(arm)["color"], alpha=0.12)
+        axes[0, column].set(title=f"{kind[0]}, batch norm {kind[1]}", ylabel="" if column else "test accuracy [%]")
+        axes[1, column].set(xlabel="epoch", ylabel="" if column else "training loss")
+    axes[0, 0].legend()
+    save(figure, "curves.png")
+
+    figure, axes = plt.subplots(3, len(kinds), figsize=(4.2 * len(kinds), 9), squeeze=False, sharex=True, sharey="row",
+                                layout="constrained")
+    for column, kind in enumerate(kinds):
+        for arm in (arm for arm in arms if (arm[0], arm[3]) == kind):
+            for axis, quantity in zip(axes[:, column], ("activation", "gradient", "weight"), strict=True):
+                mine = sorted((row for row in layers if arm_of(row) == arm and row["quantity"] == quantity
+                               and row["epoch"] == 0), key=lambda row: row["layer"])
+                depths, squares = [row["layer"] for row in mine], np.array([row["mean_square"] for row in mine])
+                if quantity == "weight":
+                    for key in ("q0.01", "q0.25", "q0.75", "q0.99"):
+                        axis.plot(depths, [row[key] for row in mine], **{**style(arm), "linewidth": 0.8})
+                    continue
+                axis.plot(depths, squares, **style(arm))
+                s = scales(len(depths), arm[1], arm[2], config["function"], config["n"], config["c"])
+                # Eqs. 6 and 15: relative to the first layer's signal and to the last layer's gradient.
+                theory = (squares[0] * np.cumprod(s) / s[0] if quantity == "activation" else
+                          squares[-1] * np.cumprod(s[::-1])[::-1] / s)
+                axis.plot(depths, theory, color=style(arm)["color"], linestyle=":", linewidth=1)
+                axis.set_yscale("log")
+        axes[0, column].set(title=f"{kind[0]}, batch norm {kind[1]}")
+        axes[2, column].set(xlabel="layer")
+    for axis, label in zip(axes[:, 0], ("mean square of z (dotted: theory)", "mean square of its gradient",
+                                        "weights: 1, 25, 75, 99 %"), strict=True):
+        axis.set_ylabel(label)
+    axes[0, 0].legend()
+    save(figure, "layers.png")
+
+
+def report(directory):
+    """Figures and tables of a run from its files, so that they can be had again at any time."""
+    directory = pathlib.Path(directory)
+    try:
+        rows, layers = read_rows(directory / "metrics.csv"), read_rows(directory / "layers.csv")
+        config = json.loads((directory / "config.json").read_text())["arguments"]
+        summary = json.loads((directory / "summary.json").read_text())
+    except (OSError, ValueError, KeyError) as error:
+        common.fail(f"argument --plot-only: {directory} holds no finished run ({error})")
+    draw_figures(rows, layers, config, directory)
+    print(f"\n{'init':<16}{'scaling':<12}{'V':>8}{'batch norm':>12}{'test accuracy [%]':>20}{'95 % interval':>18}")
+    for arm in summary["arms"]:
+        print(f"{arm['init']:<16}{arm['scaling']:<12}{arm['variance']:>8g}{arm['batch_norm']:>12}"
+              f"{arm['test_accuracy']:>20.2f}{arm['low']:>10.2f} - {arm['high']:.2f}")
+    print(f"\n{'claim':<36}{'holds':<13}{'points':>8}{'95 % interval':>18}   arms")
+    for row in summary["claims"]:
+        print(f"{row['claim']:<36}{row['holds']:<13}{row['difference']:>8.2f}{row['low']:>9.2f} - {row['high']:<7.2f}"
+              f"  {row['better']} against {row['worse']}")
+
+
+def log_to_tensorboard(directory, rows, layers):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(directory) as board:
+        for row in rows:
+            for key in ("train_loss", "test_loss", "test_accuracy"):
+                if row[key] is not None:
+                    board.add_scalar(f"{key}/{'-'.join(map(str, arm_of(row)))}/seed{row['seed']}", row[key],
+                                     row["epoch"])
+        for row in layers:   # the quantiles as a histogram of five points
+            board.add_histogram(f"{row['quantity']}/{'-'.join(map(str, arm_of(row)))}/layer{row['layer']}",
+                                np.array([row[f"q{q:g}"] for q in QUANTILES]), row["epoch"])
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    if args.plot_only:
+        return report(args.plot_only)
+    *tensors, classes = common.load_data(args.dataset, args.data_dir, args.image_size)
+    data = [tensor.to(args.device) for tensor in tensors] + [classes]
+    if len(data[1]) < args.batch_size:
+        common.fail(f"argument --batch-size: {args.batch_size} is more than the {len(data[1])} training images")
+    out = common.start_run(args, f"runs/depth_init/{args.dataset}", (*ARM, "device"))
+    done = {"rows": [], "layers": []}
+    if args.resume and (out / "checkpoint.pt").exists():
+        done = common.load_checkpoint(out / "checkpoint.pt", "--resume")
+    arms = [(init, scaling, 1.0 if scaling == "unit" else variance, norm) for init, scaling, variance, norm in
+            itertools.product(args.init, args.scaling, args.variance, args.batch_norm)]
+    todo = [arm for arm in dict.fromkeys(arms) if arm not in set(map(arm_of, done["rows"]))]
+    status = 0
+    try:
+        with tqdm(total=len(todo) * args.epochs * (len(data[1]) // args.batch_size), unit="step",
+                  disable=None) as progress:
+            for arm in todo:
+                progress.set_description(" ".join(map(str, arm)))
+                rows, layers = train(args, arm, data, progress)
+                done["rows"] += rows
+                done["layers"] += layers
+                common.save_atomically(out / "checkpoint.pt", lambda path: torch.save(done, path))
+    except KeyboardInterrupt:
+        print(f"\ndepth_init.py: interrupted; continue with the same arguments and --resume --out {out}",
+              file=sys.stderr)
+        return 130
+    common.write_csv(out / "metrics.csv", done["rows"])
+    common.write_csv(out / "layers.csv", done["layers"])
+    common.write_json(out / "summary.json", summarise(done["rows"]))
+    if args.tensorboard:
+        log_to_tensorboard(out / "tensorboard", done["rows"], done["layers"])
+    report(out)
+    print(f"\n{out}/: curves.png, layers.png, metrics.csv, layers.csv, summary.json, config.json, checkpoint.pt")
+    diverged = {arm_of(row) for row in done["rows"] if not math.isfinite(row["train_loss"] or 0)}
+    if diverged:
+        print(f"depth_init.py: diverged: {'; '.join(' '.join(map(str, arm)) for arm in diverged)}; try a smaller --lr "
+              f"(was {args.lr})", file=sys.stderr)
+        status = 3
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""depth_init.py: the scalings, the variances that signal and gradient take from them, and batched training."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import common
+import depth_init
+from depth_init import scales
+
+KINDS = [("power", 2.0, 0.0), ("power", 1.0, 0.0), ("power", 3.0, 0.0), ("power", 2.0, 0.4), ("log", 2.0, 0.0)]
+
+
+@pytest.mark.parametrize("function,n,c", KINDS)
+@pytest.mark.parametrize("layers", [2, 3, 12, 54, 300])
+@pytest.mark.parametrize("variance", [0.5, 1.0, 22.0, 1e6])
+@pytest.mark.parametrize("scaling", ["constant", "increasing", "decreasing"])
+def test_the_product_is_the_network_variance(function, n, c, layers, variance, scaling):
+    s = scales(layers, scaling, variance, function, n, c)
+    assert len(s) == layers and (s > 0).all()
+    assert math.isclose(np.log(s).sum(), math.log(variance), abs_tol=1e-9)
+    if scaling == "increasing":
+        assert (np.diff(s[1 if function == "log" else 0:]) > 0).all()
+        assert np.array_equal(s[::-1], scales(layers, "decreasing", variance, function, n, c))
+
+
+def test_the_papers_network():
+    """54 layers, V = 22: a third of the layers lies below one (Section 9), the constant scale is V^(1/L)."""
+    s = scales(54, "increasing")
+    assert (s < 1).sum() == 18
+    k = math.exp(math.lgamma(55) / 54) * 22 ** (-2 / 54)
+    assert k == pytest.approx(18.70, abs=0.005)
+    np.testing.assert_allclose(s, (np.arange(1, 55) / k) ** 0.5)
+    assert scales(54, "constant")[0] == pytest.approx(1.0589, abs=5e-5)
+    assert (scales(54, "unit", 22) == 1).all()
+    log = scales(54, "increasing", function="log")
+    np.testing.assert_allclose(log[1:], np.log(np.arange(2, 55)) / math.log(16.27), rtol=1e-4)
+
+
+@pytest.mark.parametrize("given,reason", [
+    ({"variance": 0}, "variance"), ({"variance": -3}, "variance"), ({"variance": math.nan}, "variance"),
+    ({"n": 0}, "increase"), ({"n": -1}, "increase"), ({"c": -0.1}, "lifts"), ({"c": math.inf}, "lifts"),
+    ({"c": 2.0}, "no k exists"), ({"c": 1.0, "variance": 1.0}, "no k exists"), ({"layers": 1, "function": "log"}, "layer 1"),
+    ({"scaling": "up"}, "unit, constant"),
+])
+def test_refused_with_the_reason(given, reason):
+    with pytest.raises(ValueError, match=reason):
+        scales(**{"layers": 54, "scaling": "increasing", **given})
+
+
+# ------------------------------------------------------------------------------------------------------- initialisation
+
+
+def variance_near(weight, expected):
+    """Within six standard errors; the fourth moment of a normal is 3, of a uniform 1.8 times the squared variance."""
+    return abs(weight.double().square().mean() / expected - 1) < 6 * math.sqrt(2 / weight.numel())
+
+
+@pytest.mark.parametrize("init", depth_init.INITS)
+def test_any_model(init):
+    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40), nn.Conv2d(40, 60, 3, groups=2), nn.Flatten(),
+                          nn.Linear(60, 50), nn.Sequential(nn.Linear(50, 30), nn.ReLU()))
+    assert depth_init.depth_scaled_init_(model, init, "increasing", 22.0) is model
+    s = scales(3, "increasing", 22.0)
+    for layer, fan_in, fan_out, scale in ((model[0], 27, 360, s[0]), (model[2], 180, 540, s[1]), (model[4], 60, 50, s[2]),
+                                          (model[5][0], 50, 30, 1.0)):
+        expected = scale * (2 / fan_in if init.startswith("he") else 2 / (fan_in + fan_out))
+        assert variance_near(layer.weight, expected), layer
+        assert (layer.bias == 0).all()
+        if init.endswith("uniform"):
+            assert layer.weight.abs().max() <= math.sqrt(3 * expected) * 1.00001
+    with pytest.raises(ValueError, match="at least two"):
+        depth_init.depth_scaled_init_(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="init must be one of"):
+        depth_init.depth_scaled_init_(model, "he")
+
+
+def arguments(*given):
+    return depth_init.parse_arguments([*map(str, given), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("scaling", depth_init.SCALINGS)
+def test_signal_and_gradient_follow_the_products(scaling):
+    """Eqs. 6 and 15: E z_l^2 / E z_1^2 = s_2 ... s_l, and for the gradients s_(l+1) ... s_L from the other end."""
+    args = arguments("--layers", 6, "--width", 200, "--seeds", 40)
+    torch.manual_seed(0)
+    arm = ("he normal", scaling, 22.0, "off")
+    model = depth_init.Batched(args, 200, 10, arm)
+    rows = depth_init.distributions(model, torch.randn(20, 200, 1, 1), torch.randint(0, 10, (20,)), arm, 0)
+    s = scales(6, scaling, 22.0)
+    for quantity, theory in (("activation", np.cumprod(s) / s[0]), ("gradient", np.cumprod(s[::-1])[::-1] / s)):
+        found = np.array([row["mean_square"] for row in rows if row["quantity"] == quantity])
+        found /= found[0] if quantity == "activation" else found[-1]
+        np.testing.assert_allclose(found, theory, rtol=0.15)
+    found = [row["mean_square"] for row in rows if row["quantity"] == "weight"]
+    np.testing.assert_allclose(found, s * 2 / 200, rtol=0.02)
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("network,activation,norm", [("fc", "relu", "off"), ("fc", "tanh", "on"), ("conv", "relu", "on")])
+def test_a_seed_trains_as_a_network_of_its_own(network, activation, norm):
+    """The batched model against nn.Sequential with the same weights, two steps of SGD."""
+    args = arguments("--network", network, "--layers", 3, "--width", 6, "--seeds", 3, "--activation", activation)
+    channels, size = (20, 1) if network == "fc" else (2, 8)
+    model = depth_init.Batched(args, channels, 5, ("he uniform", "increasing", 4.0, norm))
+    alone = []
+    for seed in range(3):
+        parts = []
+        for i, layer in enumerate(model.layers):
+            conv = nn.Conv2d(layer.in_channels // 3, layer.out_channels // 3, layer.kernel_size, layer.stride, layer.padding)
+            conv.weight.data = layer.weight.data.view(3, *conv.weight.shape)[seed].clone()
+            conv.bias.data.zero_()
+            parts += [nn.AdaptiveAvgPool2d(1), conv] if i == 3 else [conv]
+            if i < 3:
+                parts += [nn.BatchNorm2d(6) if norm == "on" else nn.Identity(), nn.ReLU() if activation == "relu" else nn.Tanh()]
+        alone.append(nn.Sequential(*parts))
+    x, y = torch.rand(16, channels, size, size), torch.randint(0, 5, (16,))
+    for both in [(model, None)] + [(net, seed) for seed, net in enumerate(alone)]:
+        net, seed = both
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(2):
+            loss = depth_init.losses(model, x, y).sum() if seed is None else F.cross_entropy(net(x).flatten(1), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    together = model.eval()(x)
+    for seed, net in enumerate(alone):
+        torch.testing.assert_close(together[:, seed], net.eval()(x).flatten(1), rtol=1e-3, atol=1e-4)
+
+
+def test_seeds_do_not_depend_on_their_number():
+    few, many = (depth_init.Batched(arguments("--layers", 2, "--seeds", seeds), 4, 3, ("he normal", "unit", 1.0, "off"))
+                 for seeds in (2, 5))
+    for a, b in zip(few.layers, many.layers, strict=True):
+        assert torch.equal(a.weight, b.weight[:len(a.weight)])
+
+
+def test_claims_from_known_accuracies():
+    def rows(values):
+        return [{"init": init, "scaling": scaling, "variance": 22.0, "batch_norm": norm, "seed": seed, "epoch": 3,
+                 "test_accuracy": value + 0.1 * seed}
+                for (init, scaling, norm), value in values.items() for seed in range(6)]
+
+    found = depth_init.claims(rows({("he normal", "increasing", "off"): 50.0, ("he normal", "decreasing", "off"): 30.0,
+                                    ("he normal", "constant", "off"): 55.0, ("he normal", "increasing", "on"): 60.0}))
+    verdicts = {(row["claim"], row["worse"].split(" / ")[1]): (row["holds"], round(row["difference"], 6)) for row in found}
+    assert verdicts == {("increasing beats the others", "constant"): ("no", -5.0),
+                        ("increasing beats the others", "decreasing"): ("yes", 20.0),
+                        ("decreasing is worse", "decreasing"): ("yes", 25.0),
+                        ("batch norm mends a high variance", "increasing"): ("yes", 10.0)}
+
+
+# ------------------------------------------------------------------------------------------------------------ the script
+
+QUICK = ("--layers", 3, "--width", 8, "--epochs", 2, "--seeds", 2, "--init", "he normal")
+
+
+def test_script_resume_and_plot_only(run, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run("depth_init.py", *QUICK, "--scaling", "unit", "increasing", "--out", whole).returncode == 0
+    assert run("depth_init.py", *QUICK, "--scaling", "unit", "--out", parts).returncode == 0
+    done = run("depth_init.py", *QUICK, "--scaling", "unit", "increasing", "--out", parts, "--resume")
+    assert done.returncode == 0, done.stderr
+    for name in ("metrics.csv", "layers.csv", "summary.json"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    assert len(depth_init.read_rows(whole / "metrics.csv")) == 2 * 2 * 3
+    assert len(depth_init.read_rows(whole / "layers.csv")) == 2 * 3 * 3 * 3
+    assert len(json.loads((whole / "summary.json").read_text())["arms"]) == 2
+    before = [(whole / name).read_bytes() for name in ("curves.png", "layers.png")]
+    assert run("depth_init.py", "--plot-only", whole).returncode == 0
+    assert [(whole / name).read_bytes() for name in ("curves.png", "layers.png")] == before
+
+
+def test_divergence_keeps_the_rows(run, tmp_path):
+    done = run("depth_init.py", *QUICK, "--scaling", "unit", "--lr", 1e20, "--out", tmp_path / "a")
+    assert done.returncode == 3 and "diverged" in done.stderr and (tmp_path / "a" / "metrics.csv").exists(), done.stderr
+
+
+@pytest.mark.parametrize("given,complaint", [
+    (["--init", "he"], "--init"), (["--scaling", "up"], "--scaling"), (["--variance", 0], "--variance"),
+    (["--n", 0], "increase"), (["--c", 2], "no k exists"), (["--layers", 0], "--layers"), (["--seeds", 0], "--seeds"),
+    (["--lr", 0], "--lr"), (["--epochs", 0], "--epochs"), (["--variance", 3, 3], "--variance"),
+])
+def test_bad_arguments_are_one_line_and_exit_2(capsys, given, complaint):
+    with pytest.raises(SystemExit) as stopped:
+        arguments(*given)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and complaint in error and error.count("\n") == 1
+
+
+def test_digits_train():
+    *tensors, classes = common.load_data("digits", None)
+    args = arguments("--layers", 4, "--epochs", 4, "--seeds", 2)
+
+    class Progress:
+        def update(self):
+            pass
+
+    rows, _ = depth_init.train(args, ("he normal", "unit", 1.0, "off"), [*tensors, classes], Progress())
+    assert min(row["test_accuracy"] for row in rows if row["epoch"] == 4) > 70
