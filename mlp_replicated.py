@@ -324,8 +324,8 @@ def statements(errors):
                         for k in by_k if len(by_k[k]) >= 3])
 
     def widest(chosen):             # the better width is chosen on one half of the seeds and compared on the other
-        halves, differences = (chosen[::2], chosen[1::2]), []
-        for choose, compare in (halves, halves[::-1]) if len(chosen) > 1 else ():
+        halves, differences = (chosen[chosen % 2 == 0], chosen[chosen % 2 == 1]), []
+        for choose, compare in (halves, halves[::-1]) if all(map(len, halves)) else ():
             for k in few:
                 best = min((n for n in by_k[k][:-1]), key=lambda n: mean((n, k), low, choose))
                 differences.append(mean((by_k[k][-1], k), low, compare) - mean((best, k), low, compare))
@@ -347,15 +347,18 @@ def statements(errors):
          lambda c: effect(low, c)),
         ("4 the effect vanishes with noise", f"error with fewest minus most features, noise {high:g} [points]",
          lambda c: effect(high, c)),
+        ("4 the effect vanishes with noise", "what the noise takes off that difference [points]",
+         lambda c: effect(low, c) - effect(high, c)),
     ]
     random = np.random.default_rng(0)
     samples = random.integers(seeds, size=(1000, seeds))
     found = []
     for statement, statistic, value in asked:
-        draws = [value(sample) for sample in samples]
+        draws = np.array([value(sample) for sample in samples])
+        draws = draws[np.isfinite(draws)] if np.isfinite(draws).any() else np.zeros(1)
         found.append({"statement": statement, "statistic": statistic, "value": float(value(np.arange(seeds))),
                       "low": float(np.percentile(draws, 2.5)), "high": float(np.percentile(draws, 97.5))})
-    return found
+    return [row for row in found if math.isfinite(row["value"])]
 
 
 def summarise(rows, left_out):

@@ -171,7 +171,7 @@ def synthetic(error, widths=(8, 16, 32, 64), seeds=12):
 
 def value(errors, contains):
     found, = [row for row in mlp_replicated.statements(errors) if contains in row["statistic"]]
-    assert found["low"] <= found["value"] <= found["high"]
+    assert found["low"] - 0.01 <= found["value"] <= found["high"] + 0.01   # (of a bounded statistic it may lie outside)
     return found["value"]
 
 
