@@ -10,7 +10,7 @@ equations of the paper are missing from every copy we found; these are a reconst
                  or, with --function log, s_1 = 1 and s_l = log_k(l) for l >= 2
     decreasing   the same values in reverse order        constant   s_l = V^(1/L)        unit   s_l = 1
 
-    python depth_init.py                                   # digits, about a minute on two cores
+    python depth_init.py                                   # digits, some minutes on two cores
     python depth_init.py --dataset cifar10 --epochs 100    # the paper's data; wants a GPU
 
 The initialiser serves any model: depth_scaled_init_(model, "he normal", "increasing", variance=22). All seeds of an arm
@@ -204,11 +204,17 @@ class Batched(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(seeds * args.width) if norm == "on" else nn.Identity()
                                    for _ in range(args.layers))
 
+    def linear(self, layer, x):
+        """layer(x) of a 1x1 image as a batched product, which is several times faster than a grouped convolution."""
+        weight = layer.weight.view(self.seeds, -1, layer.in_channels // self.seeds)
+        z = torch.bmm(weight, x.view(len(x), self.seeds, -1).permute(1, 2, 0))   # (seeds, out, B)
+        return z.permute(2, 0, 1).reshape(len(x), -1, 1, 1) + layer.bias[:, None, None]
+
     def forward(self, x, watched=None):
         """(B, channels, h, w), the same images for all seeds -> (B, seeds, classes); watched gets every z = W a."""
         x = x.repeat(1, self.seeds, 1, 1)
         for layer, norm in zip(self.layers, self.norms, strict=False):
-            z = layer(x)
+            z = self.linear(layer, x) if x.shape[2:] == layer.kernel_size == (1, 1) else layer(x)
             if watched is not None:
                 z.retain_grad()
                 watched.append(z)
