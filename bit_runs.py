@@ -66,8 +66,7 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     common.check_common(args)
     need = common.need
-    for name in ("images", "seeds", "steps", "batch_size"):
-        need(getattr(args, name) >= 1, "--" + name.replace("_", "-"), getattr(args, name), "at least 1")
+    common.at_least_1(args, "images", "seeds", "steps", "batch_size")
     need(math.isfinite(args.lr) and args.lr > 0, "--lr", args.lr, "finite and positive")
     need(not (args.checkpoint and args.model), "--model", args.model, "given without --checkpoint")
     need(args.model or not args.weights, "--weights", args.weights, "given with --model")
@@ -367,9 +366,7 @@ def main(argv=None):
                 done["accuracies"].append(accuracy)
                 common.save_atomically(out / "checkpoint.pt", lambda path: torch.save(done, path))
         except KeyboardInterrupt:
-            print(f"\nbit_runs.py: interrupted; continue with the same arguments and --resume --out {out}",
-                  file=sys.stderr)
-            return 130
+            return common.interrupted(out)
     rows = done["rows"] = [row for row in done["rows"] if row["seed"] < args.seeds]
     summary = {"table": {arm: table_3([row for row in rows if row["arm"] == arm])
                          for arm in dict.fromkeys(row["arm"] for row in rows)},

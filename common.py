@@ -27,7 +27,21 @@ def fail(message):
 def need(good, option, value, valid):
     """Fails unless good, naming the argument, its value and what would be valid."""
     if not good:
-        fail(f"argument {option}: {value} is not valid; it must be {valid}")
+        fail(f"argument {option.replace('_', '-')}: {value} is not valid; it must be {valid}")
+
+
+def at_least_1(args, *names):
+    """Fails unless these arguments, numbers or lists of numbers, are at least 1."""
+    for name in names:
+        value = getattr(args, name)
+        need((min(value) if isinstance(value, list) else value) >= 1, f"--{name}", value, "at least 1")
+
+
+def interrupted(out):
+    """What to do after Ctrl-C; returns the exit status."""
+    print(f"\n{os.path.basename(sys.argv[0])}: interrupted; continue with the same arguments and --resume --out {out}",
+          file=sys.stderr)
+    return 130
 
 
 def parser(description):

@@ -132,13 +132,12 @@ def check_arguments(args):
     args.init = "".join(sorted(set(args.init))) if args.init != "none" else ""
     need(set(args.init) <= set("abcd"), "--init", repr(args.init), "letters of a, b, c, d, or 'none'")
     need(args.blocks >= 3 and args.blocks % 3 == 0, "--blocks", args.blocks, "a positive multiple of 3")
-    for name in ("widen", "epochs", "batch_size"):
-        need(getattr(args, name) >= 1, "--" + name.replace("_", "-"), getattr(args, name), "at least 1")
+    common.at_least_1(args, "widen", "epochs", "batch_size")
     need(0 <= args.dropout < 1, "--dropout", args.dropout, "in [0, 1)")
     need(0 <= args.momentum < 1, "--momentum", args.momentum, "in [0, 1)")
     for name in ("lr", "weight_decay", "mixup"):
         value = getattr(args, name)
-        need(math.isfinite(value) and value >= 0, "--" + name.replace("_", "-"), value, "finite and at least 0")
+        need(math.isfinite(value) and value >= 0, f"--{name}", value, "finite and at least 0")
     need(1 <= args.splits <= args.batch_size, "--splits", args.splits,
          f"from 1 to the batch size, {args.batch_size}: a group needs a sample")
     if args.order_steps is not None:
@@ -582,8 +581,7 @@ def main(argv=None):
               f"{out}/metrics.csv", file=sys.stderr)
         status = 3
     except KeyboardInterrupt:
-        print(f"\nconstnet.py: interrupted; continue with the same arguments and --resume --out {out}", file=sys.stderr)
-        status = 130
+        status = common.interrupted(out)
     if done["summary"]:
         report(out)
         print(f"\n{out}/: constnet.png, metrics.csv, summary.json, config.json, checkpoint.pt, ORDER-SEED.pt (weights)")

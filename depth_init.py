@@ -35,6 +35,7 @@ from tqdm import tqdm
 import common
 
 INITS = ("he normal", "he uniform", "xavier normal", "xavier uniform")
+ARM = ("init", "scaling", "variance", "batch_norm")   # what names an arm, in this order
 SCALINGS = ("unit", "constant", "increasing", "decreasing")
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 SMALL = dict(epochs=20, seeds=5)
@@ -93,9 +94,8 @@ def parse_arguments(argv=None):
              f"different ones of {', '.join(map(repr, valid))}")
     for name in ("variance", "batch_norm"):
         values = getattr(args, name)
-        need(len(set(values)) == len(values), "--" + name.replace("_", "-"), values, "different values")
-    for name in ("epochs", "batch_size", "seeds", "layers", "width"):
-        need(getattr(args, name) >= 1, "--" + name.replace("_", "-"), getattr(args, name), "at least 1")
+        need(len(set(values)) == len(values), f"--{name}", values, "different values")
+    common.at_least_1(args, "epochs", "batch_size", "seeds", "layers", "width")
     need(math.isfinite(args.lr) and args.lr > 0, "--lr", args.lr, "finite and positive")
     for scaling, variance in itertools.product(args.scaling, args.variance):
         try:
@@ -241,7 +241,7 @@ def distributions(model, x, y, arm, when):
             values = values.detach().flatten().double()
             some = values[:: max(1, len(values) // 100_000)]
             quantiles = torch.quantile(some, torch.tensor(QUANTILES).to(some)).tolist()
-            rows.append({**dict(zip(("init", "scaling", "variance", "batch_norm"), arm, strict=True)), "epoch": when,
+            rows.append({**dict(zip(ARM, arm, strict=True)), "epoch": when,
                          "layer": layer + 1, "quantity": quantity, "mean_square": values.square().mean().item(),
                          **{f"q{q:g}": value for q, value in zip(QUANTILES, quantiles, strict=True)}})
     return rows
@@ -273,7 +273,7 @@ def train(args, arm, data, progress):
 
     model = Batched(args, normalise(images[:1]).shape[1], classes, arm).to(images.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
-    names = dict(zip(("init", "scaling", "variance", "batch_norm"), arm, strict=True))
+    names = dict(zip(ARM, arm, strict=True))
     probe = normalise(images[:256]), labels[:256]
     rows, layers = [], distributions(model, *probe, arm, 0)
 
@@ -301,7 +301,6 @@ def train(args, arm, data, progress):
 
 # ------------------------------------------------------------------------------------------------------------- results
 
-ARM = ("init", "scaling", "variance", "batch_norm")
 NUMBERS = ("variance", "train_loss", "test_loss", "test_accuracy", "mean_square", *(f"q{q:g}" for q in QUANTILES))
 
 
@@ -477,7 +476,6 @@ def main(argv=None):
     arms = [(init, scaling, 1.0 if scaling == "unit" else variance, norm) for init, scaling, variance, norm in
             itertools.product(args.init, args.scaling, args.variance, args.batch_norm)]
     todo = [arm for arm in dict.fromkeys(arms) if arm not in set(map(arm_of, done["rows"]))]
-    status = 0
     try:
         with tqdm(total=len(todo) * args.epochs * (len(data[1]) // args.batch_size), unit="step",
                   disable=None) as progress:
@@ -488,9 +486,7 @@ def main(argv=None):
                 done["layers"] += layers
                 common.save_atomically(out / "checkpoint.pt", lambda path: torch.save(done, path))
     except KeyboardInterrupt:
-        print(f"\ndepth_init.py: interrupted; continue with the same arguments and --resume --out {out}",
-              file=sys.stderr)
-        return 130
+        return common.interrupted(out)
     common.write_csv(out / "metrics.csv", done["rows"])
     common.write_csv(out / "layers.csv", done["layers"])
     common.write_json(out / "summary.json", summarise(done["rows"]))
@@ -502,8 +498,7 @@ def main(argv=None):
     if diverged:
         print(f"depth_init.py: diverged: {'; '.join(' '.join(map(str, arm)) for arm in diverged)}; try a smaller --lr "
               f"(was {args.lr})", file=sys.stderr)
-        status = 3
-    return status
+    return 3 if diverged else 0
 
 
 if __name__ == "__main__":

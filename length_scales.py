@@ -82,10 +82,8 @@ def parse_arguments(argv=None):
         values = getattr(args, name)
         need(set(values) <= set(valid) and len(set(values)) == len(values), f"--{name}", " ".join(values),
              f"different ones of {', '.join(map(repr, valid))}")
-    for name in ("depths", "start_depths", "modules"):
-        need(min(getattr(args, name)) >= 1, "--" + name.replace("_", "-"), getattr(args, name), "at least 1")
-    for name in ("draws", "seeds", "cap", "every", "batch_size"):
-        need(getattr(args, name) >= 1, "--" + name.replace("_", "-"), getattr(args, name), "at least 1")
+    common.at_least_1(args, "depths", "start_depths", "modules")
+    common.at_least_1(args, "draws", "seeds", "cap", "every", "batch_size")
     need(math.isfinite(args.lr) and args.lr > 0, "--lr", args.lr, "finite and positive")
     return args
 
@@ -99,6 +97,11 @@ def stream(args, *key):
     return torch.Generator(args.device).manual_seed(seed)
 
 
+def deviation(init, n_in, n_out):
+    """Standard deviation of the weights before any truncation; of all initialisations but pytorch's."""
+    return math.sqrt(2 / (n_in + n_out) if init.startswith("xavier") else (4 if init.startswith("2x") else 2) / n_in)
+
+
 def initial_layer(init, draws, n_in, n_out, generator):
     """(draws, n_out, n_in) weights and (draws, n_out, 1) biases of a layer; biases are 0 but for pytorch's default."""
     weight = torch.empty(draws, n_out, n_in, device=generator.device)
@@ -106,13 +109,13 @@ def initial_layer(init, draws, n_in, n_out, generator):
     if init == "pytorch":   # nn.Linear.reset_parameters
         bound = n_in ** -0.5
         return weight.uniform_(-bound, bound, generator=generator), bias.uniform_(-bound, bound, generator=generator)
-    deviation = math.sqrt(2 / (n_in + n_out) if init.startswith("xavier") else 2 / n_in)
+    scale = deviation(init, n_in, n_out)
     if init.endswith("uniform"):
-        return weight.uniform_(-math.sqrt(3) * deviation, math.sqrt(3) * deviation, generator=generator), bias
+        return weight.uniform_(-math.sqrt(3) * scale, math.sqrt(3) * scale, generator=generator), bias
     if init == "he normal truncated":   # the inverse of the distribution function
         edge = math.erf(CUT / math.sqrt(2))
-        return weight.uniform_(-edge, edge, generator=generator).erfinv_().mul_(math.sqrt(2) * deviation), bias
-    return weight.normal_(0, deviation * (math.sqrt(2) if init == "2x he normal" else 1), generator=generator), bias
+        return weight.uniform_(-edge, edge, generator=generator).erfinv_().mul_(math.sqrt(2) * scale), bias
+    return weight.normal_(0, scale, generator=generator), bias
 
 
 def expected_length(init, widths):
@@ -139,9 +142,8 @@ def lengths(init, widths, draws, generator):
     found = []
     for n_in, n_out in itertools.pairwise(widths):
         if init.endswith(" normal"):
-            w, _ = initial_layer(init, draws, 1, n_out, generator)   # as of a layer with one input
-            fan = {"xavier normal": (1 + n_out) / (n_in + n_out)}.get(init, 1 / n_in)
-            act = torch.relu(w * math.sqrt(fan) * act.norm(dim=1, keepdim=True))
+            z = torch.empty(draws, n_out, 1, device=act.device).normal_(generator=generator)
+            act = torch.relu(z * deviation(init, n_in, n_out) * act.norm(dim=1, keepdim=True))
         else:
             w, b = initial_layer(init, draws, n_in, n_out, generator)
             act = torch.relu(torch.baddbmm(b, w, act))
@@ -443,9 +445,7 @@ def main(argv=None):
             rows += measure(stream(args, part, setting, depth), setting, depth)
             common.write_csv(out / "metrics.csv", rows)
     except KeyboardInterrupt:
-        print(f"\nlength_scales.py: interrupted; continue with the same arguments and --resume --out {out}",
-              file=sys.stderr)
-        return 130
+        return common.interrupted(out)
     rows = read_rows(out / "metrics.csv")
     common.write_json(out / "summary.json", summarise(rows))
     if args.tensorboard:

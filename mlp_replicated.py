@@ -94,16 +94,15 @@ def check_arguments(args):
     for name in ("widths", "features", "noise", "dropout"):
         values = getattr(args, name) or []
         need(len(set(values)) == len(values), f"--{name}", values, "different values")
-    need(min(args.widths) >= 1, "--widths", args.widths, "at least 1")
+    common.at_least_1(args, "widths")
     if args.features is None:
         args.features = [1 << i for i in range(max(args.widths).bit_length())]
-    need(min(args.features) >= 1, "--features", args.features, "at least 1")
+    common.at_least_1(args, "features")
     need(min(args.features) <= max(args.widths), "--features", args.features,
          f"at most the largest width, {max(args.widths)}: the grid is empty")
     need(all(0 <= noise <= 1 for noise in args.noise), "--noise", args.noise, "in [0, 1]")
     need(all(0 <= dropout < 1 for dropout in args.dropout), "--dropout", args.dropout, "in [0, 1)")
-    for name in ("seeds", "steps", "batch_size"):
-        need(getattr(args, name) >= 1, "--" + name.replace("_", "-"), getattr(args, name), "at least 1")
+    common.at_least_1(args, "seeds", "steps", "batch_size")
     need(math.isfinite(args.lr) and args.lr >= 0, "--lr", args.lr, "finite and at least 0")
     orders = ("native", "fixed", "shuffled", "atomic")
     need(args.order in orders, "--order", repr(args.order), f"one of {', '.join(orders)}")
@@ -475,8 +474,9 @@ def main(argv=None):
     inputs, cells = data[0].shape[1], grid(args)
     if len(data[0]) < args.batch_size:
         common.fail(f"argument --batch-size: {args.batch_size} is more than the {len(data[0])} training images")
-    memory = 2 ** 30 * (args.memory or 0.15) if args.memory or device.type == "cpu" else (
-        0.6 * torch.cuda.mem_get_info(device)[0])
+    memory = 2 ** 30 * (args.memory or 0.15)
+    if args.memory is None and device.type == "cuda":
+        memory = 0.6 * torch.cuda.mem_get_info(device)[0]
     most = int(memory // bytes_per_unit(inputs, args.batch_size))
     if most < max(TILE, cells[-1][0]):
         need = max(TILE, cells[-1][0]) * bytes_per_unit(inputs, args.batch_size) / 2 ** 30
@@ -516,9 +516,7 @@ def main(argv=None):
                             common.write_csv(out / "seeds" / f"{seed}.csv",
                                              [*finished(seed), *(row for row in rows if row["seed"] == seed)])
     except KeyboardInterrupt:
-        print(f"\nmlp_replicated.py: interrupted; continue with the same arguments and --resume --out {out}",
-              file=sys.stderr)
-        return 130
+        return common.interrupted(out)
     if processes > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -38,7 +38,7 @@ def check_order(order, splits, seed, op, scope, orders=ORDERS):
 
 
 def _dims(dim, ndim):
-    if isinstance(dim, int) and 0 <= dim < ndim:
+    if isinstance(dim, int) and 0 <= dim < ndim:   # as most calls have it: a small sum feels the loop below
         return [dim]
     if dim == ():
         return list(range(ndim))
