@@ -15,6 +15,7 @@ Exit status: 0 done, 2 bad input, 130 interrupted.
 """
 
 import csv
+import itertools
 import json
 import math
 import pathlib
@@ -25,7 +26,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import common
 
@@ -353,26 +353,23 @@ def main(argv=None):
     data = [tensor.to(args.device) for tensor in tensors] + [classes]
 
     out = common.start_run(args, f"runs/bit_runs/{name}", ("seeds", "device"))
-    done = {"rows": [], "accuracies": []}
-    if args.resume and (out / "checkpoint.pt").exists():
-        done = common.load_checkpoint(out / "checkpoint.pt", "--resume")
     if state:
-        done["rows"] = layer_rows(state, arm=name, seed=0)
+        pieces, do = {name: (state,)}, lambda state: (layer_rows(state, arm=name, seed=0), None)
     else:
-        try:
-            for seed in tqdm(range(len(done["accuracies"]), args.seeds), unit="network", disable=None):
-                rows, accuracy = before_and_after(args, data, seed)
-                done["rows"] += rows
-                done["accuracies"].append(accuracy)
-                common.save_atomically(out / "checkpoint.pt", lambda path: torch.save(done, path))
-        except KeyboardInterrupt:
-            return common.interrupted(out)
-    rows = done["rows"] = [row for row in done["rows"] if row["seed"] < args.seeds]
+        pieces, do = {f"seed {seed}": (args, data, seed) for seed in range(args.seeds)}, before_and_after
+    try:
+        done = common.work(pieces, do, out)
+    except KeyboardInterrupt:
+        return common.interrupted(out)
+    if done is None:
+        return 0
+    found, accuracies = zip(*done.values(), strict=True)
+    rows = list(itertools.chain(*found))
     summary = {"table": {arm: table_3([row for row in rows if row["arm"] == arm])
                          for arm in dict.fromkeys(row["arm"] for row in rows)},
                "images": image_z(data[0], args.images)}
     if not state:
-        summary.update(seeds=args.seeds, test_accuracy=sum(done["accuracies"][:args.seeds]) / args.seeds,
+        summary.update(seeds=args.seeds, test_accuracy=sum(accuracies) / args.seeds,
                        told_apart=told_apart(rows))
     common.write_csv(out / "metrics.csv", rows)
     common.write_json(out / "summary.json", summary)

@@ -1,6 +1,7 @@
 """What every experiment needs and none is about: arguments, data on the device, the run directory, plot style."""
 
 import argparse
+import concurrent.futures
 import csv
 import hashlib
 import importlib.util
@@ -13,7 +14,9 @@ import sys
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # as torchrun sets them
 DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagefolder")
 CLASSES = {"digits": 10, "mnist": 10, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100}
 
@@ -89,6 +92,8 @@ def check_common(args, defaults=None):
     need(args.image_size is None or args.image_size >= 1, "--image-size", args.image_size, "at least 1")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and PROCESSES > 1:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(args.device)
         torch.empty(1, device=device)
@@ -229,7 +234,16 @@ def run_directory(out, default, resume):
 
 def start_run(args, default, may_differ=()):
     """The directory of this run, with its config.json. A resumed run has the arguments it was made with, but for
-    may_differ and what decides no number; otherwise: one line and exit 2."""
+    may_differ and what decides no number; otherwise: one line and exit 2. torchrun's processes get one directory."""
+    if PROCESSES > 1:
+        torch.distributed.init_process_group("gloo")
+    made = [_start_run(args, default, may_differ) if RANK == 0 else None]
+    if PROCESSES > 1:
+        torch.distributed.broadcast_object_list(made)
+    return made[0]
+
+
+def _start_run(args, default, may_differ):
     out = run_directory(args.out, default, args.resume)
     unrecorded = ("out", "resume", "plot_only", "tensorboard", "data_dir")
     arguments = {key: value for key, value in vars(args).items() if key not in unrecorded}
@@ -244,6 +258,36 @@ def start_run(args, default, may_differ=()):
     write_json(out / "config.json", {"arguments": arguments, "command": " ".join(sys.argv),
                                      **environment(torch.device(args.device))})
     return out
+
+
+def work(pieces, do, out, workers=1):
+    """{name: do(*piece)} of pieces, {name: piece}; results are lists and dicts of numbers and strings.
+
+    A result is kept in out/done/NAME.json as soon as it is there, and is not worked out again. torchrun's processes
+    share the pieces; all but the first get None. `workers` threads, each with one CPU thread of PyTorch's, where do
+    spends its time in large operations.
+    """
+    (out / "done").mkdir(exist_ok=True)
+
+    def one(name):
+        path = out / "done" / f"{name}.json"
+        if not path.exists():
+            write_json(path, do(*pieces[name]))
+
+    mine = list(pieces)[RANK::PROCESSES]
+    with concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        through = pool.map if workers > 1 else map
+        for _ in tqdm(through(one, mine), total=len(mine), disable=None if RANK == 0 else True):
+            pass
+    return {name: json.loads((out / "done" / f"{name}.json").read_text()) for name in pieces} if together() else None
+
+
+def together():
+    """Waits for all of torchrun's processes; whether this is the first, which writes the results."""
+    if PROCESSES > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    return RANK == 0
 
 
 def environment(device):

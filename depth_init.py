@@ -10,12 +10,13 @@ equations of the paper are missing from every copy we found; these are a reconst
                  or, with --function log, s_1 = 1 and s_l = log_k(l) for l >= 2
     decreasing   the same values in reverse order        constant   s_l = V^(1/L)        unit   s_l = 1
 
-    python depth_init.py                                   # digits, some minutes on two cores
+    python depth_init.py                                   # digits, about a minute on two cores
     python depth_init.py --dataset cifar10 --epochs 100    # the paper's data; wants a GPU
 
 The initialiser serves any model: depth_scaled_init_(model, "he normal", "increasing", variance=22). All seeds of an arm
-train as one batched model. Every run writes config.json, metrics.csv (a row per arm, seed and epoch), layers.csv (the
-distributions per layer), summary.json, curves.png, layers.png and checkpoint.pt.
+train as one batched model; of several --lr each arm counts with the one of the lowest training loss. Every run writes
+config.json, metrics.csv (a row per arm, seed and epoch), layers.csv (the distributions per layer), summary.json,
+curves.png, layers.png, and done/ (every finished arm).
 Exit status: 0 done, 2 bad input, 3 an arm diverged (its rows are kept), 130 interrupted (finished arms are kept).
 """
 
@@ -36,6 +37,7 @@ import common
 
 INITS = ("he normal", "he uniform", "xavier normal", "xavier uniform")
 ARM = ("init", "scaling", "variance", "batch_norm")   # what names an arm, in this order
+OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": lambda *args, **more: torch.optim.SGD(*args, momentum=0.9, **more)}
 SCALINGS = ("unit", "constant", "increasing", "decreasing")
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 SMALL = dict(epochs=20, seeds=5)
@@ -80,8 +82,11 @@ def parse_arguments(argv=None):
                      help="inputs of mean 0 and variance 1; default and paper: scaled to [0, 1]")
     how.add_argument("--epochs", type=int, metavar="N", help="default: 20; paper: not given")
     how.add_argument("--batch-size", type=int, default=64, metavar="N", help="images; default: 64; paper: not given")
-    how.add_argument("--lr", type=float, default=0.01, metavar="RATE",
-                     help="of SGD with momentum 0.9; default: 0.01; paper: not given")
+    how.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adam",
+                     help="sgd has momentum 0.9; default: adam; paper: not given")
+    how.add_argument("--lr", type=float, nargs="+", default=[0.0003], metavar="RATE",
+                     help="of several, each arm counts with the one of the lowest final training loss; default: "
+                          "0.0003; paper: not given")
     how.add_argument("--seeds", type=int, metavar="COUNT",
                      help="networks of an arm, trained as one; default: 5 on digits, 30 elsewhere")
     common.add_files(parser, "depth_init/DATASET", "finished arms are kept")
@@ -92,11 +97,11 @@ def parse_arguments(argv=None):
         values = getattr(args, name)
         need(set(values) <= set(valid) and len(set(values)) == len(values), f"--{name}", " ".join(values),
              f"different ones of {', '.join(map(repr, valid))}")
-    for name in ("variance", "batch_norm"):
+    for name in ("variance", "batch_norm", "lr"):
         values = getattr(args, name)
         need(len(set(values)) == len(values), f"--{name}", values, "different values")
     common.at_least_1(args, "epochs", "batch_size", "seeds", "layers", "width")
-    need(math.isfinite(args.lr) and args.lr > 0, "--lr", args.lr, "finite and positive")
+    need(all(math.isfinite(lr) and lr > 0 for lr in args.lr), "--lr", args.lr, "finite and positive")
     for scaling, variance in itertools.product(args.scaling, args.variance):
         try:
             scales(args.layers, scaling, variance, args.function, args.n, args.c)
@@ -177,10 +182,10 @@ def depth_scaled_init_(model, init="he normal", scaling="increasing", variance=2
 
 
 class Batched(nn.Module):
-    """`seeds` networks as one: their layers are the groups of grouped convolutions; (B, seeds * channels, h, w) inside.
+    """`seeds` networks as one: their layers are the groups of grouped convolutions, (B, seeds * channels, h, w) inside.
 
-    A fully connected layer is a 1x1 convolution of a 1x1 image. Biases start at 0. A seed's weights do not depend on
-    how many others there are.
+    A fully connected network is one of 1x1 convolutions, with the batch in the place of the image's height: (1, seeds *
+    units, B, 1). Biases start at 0. A seed's weights do not depend on how many others there are.
     """
 
     def __init__(self, args, channels, classes, arm):
@@ -190,7 +195,7 @@ class Batched(nn.Module):
         widths = [channels, *[args.width] * args.layers, classes]
         s = [*scales(args.layers, scaling, variance, args.function, args.n, args.c), 1.0]
         generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
-        self.layers, self.seeds = nn.ModuleList(), seeds
+        self.layers, self.seeds, self.fully_connected = nn.ModuleList(), seeds, args.network == "fc"
         self.activation = torch.relu if args.activation == "relu" else torch.tanh
         for layer, (n_in, n_out) in enumerate(itertools.pairwise(widths)):
             k = 1 if layer == args.layers else kernel
@@ -204,22 +209,28 @@ class Batched(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(seeds * args.width) if norm == "on" else nn.Identity()
                                    for _ in range(args.layers))
 
-    def linear(self, layer, x):
-        """layer(x) of a 1x1 image as a batched product, which is several times faster than a grouped convolution."""
-        weight = layer.weight.view(self.seeds, -1, layer.in_channels // self.seeds)
-        z = torch.bmm(weight, x.view(len(x), self.seeds, -1).permute(1, 2, 0))   # (seeds, out, B)
-        return z.permute(2, 0, 1).reshape(len(x), -1, 1, 1) + layer.bias[:, None, None]
+    def apply_layer(self, layer, x):
+        if not self.fully_connected:
+            return layer(x)
+        weight, bias = (p.view(self.seeds, layer.out_channels // self.seeds, -1) for p in (layer.weight, layer.bias))
+        # layer(x) as a batched product, which is several times faster than a grouped convolution
+        return torch.baddbmm(bias, weight, x.view(self.seeds, weight.shape[2], -1)).view(1, layer.out_channels, -1, 1)
 
     def forward(self, x, watched=None):
         """(B, channels, h, w), the same images for all seeds -> (B, seeds, classes); watched gets every z = W a."""
+        number = len(x)
+        if self.fully_connected:
+            x = x.flatten(1).t()[None, :, :, None]
         x = x.repeat(1, self.seeds, 1, 1)
         for layer, norm in zip(self.layers, self.norms, strict=False):
-            z = self.linear(layer, x) if x.shape[2:] == layer.kernel_size == (1, 1) else layer(x)
+            z = self.apply_layer(layer, x)
             if watched is not None:
                 z.retain_grad()
                 watched.append(z)
             x = self.activation(norm(z))
-        return self.layers[-1](x.mean((2, 3), keepdim=True)).view(len(x), self.seeds, -1)
+        if self.fully_connected:
+            return self.apply_layer(self.layers[-1], x).view(self.seeds, -1, number).permute(2, 0, 1)
+        return self.layers[-1](x.mean((2, 3), keepdim=True)).view(number, self.seeds, -1)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -231,7 +242,7 @@ def losses(model, x, y, watched=None):
     return F.cross_entropy(logits.transpose(1, 2), y[:, None].expand(-1, model.seeds), reduction="none").mean(0)
 
 
-def distributions(model, x, y, arm, when):
+def distributions(model, x, y, names, when):
     """Rows of layers.csv: weights, activations z = W a before the nonlinearity and their gradients, over all seeds."""
     watched, rows = [], []
     losses(model, x, y, watched).sum().backward()
@@ -239,10 +250,10 @@ def distributions(model, x, y, arm, when):
     for layer, z in enumerate(watched):
         for quantity, values in (("weight", model.layers[layer].weight), ("activation", z), ("gradient", z.grad)):
             values = values.detach().flatten().double()
-            some = values[:: max(1, len(values) // 100_000)]
+            some = values[:: max(1, len(values) // 20_000)]
             quantiles = torch.quantile(some, torch.tensor(QUANTILES).to(some)).tolist()
-            rows.append({**dict(zip(ARM, arm, strict=True)), "epoch": when,
-                         "layer": layer + 1, "quantity": quantity, "mean_square": values.square().mean().item(),
+            rows.append({**names, "epoch": when, "layer": layer + 1, "quantity": quantity,
+                         "mean_square": values.square().mean().item(),
                          **{f"q{q:g}": value for q, value in zip(QUANTILES, quantiles, strict=True)}})
     return rows
 
@@ -260,7 +271,7 @@ def evaluate(model, images, labels, normalise):
     return (total / len(labels)).tolist(), (100 * correct / len(labels)).tolist()
 
 
-def train(args, arm, data, progress):
+def train(args, arm, lr, data):
     """Rows of metrics.csv and of layers.csv of one arm, all its seeds together."""
     images, labels, test_images, test_labels, classes = data
     scale = float(images.max())
@@ -268,14 +279,14 @@ def train(args, arm, data, progress):
     deviation = images.float().std((0, 2, 3), keepdim=True).clamp(min=1e-3) if args.normalize else scale
 
     def normalise(x):
-        x = (x.float() - mean) / deviation
-        return x.flatten(1)[:, :, None, None] if args.network == "fc" else x
+        return (x.float() - mean) / deviation
 
-    model = Batched(args, normalise(images[:1]).shape[1], classes, arm).to(images.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
-    names = dict(zip(ARM, arm, strict=True))
+    inputs = images[0].numel() if args.network == "fc" else images.shape[1]
+    model = Batched(args, inputs, classes, arm).to(images.device)
+    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=lr, fused=True)
+    names = {**dict(zip(ARM, arm, strict=True)), "lr": lr}
     probe = normalise(images[:256]), labels[:256]
-    rows, layers = [], distributions(model, *probe, arm, 0)
+    rows, layers = [], distributions(model, *probe, names, 0)
 
     def log(epoch, train_losses):
         test_losses, accuracies = evaluate(model, test_images, test_labels, normalise)
@@ -283,7 +294,8 @@ def train(args, arm, data, progress):
                      "test_loss": test_losses[seed], "test_accuracy": accuracies[seed]} for seed in range(args.seeds))
 
     log(0, None)
-    for epoch in range(1, args.epochs + 1):
+    for epoch in tqdm(range(1, args.epochs + 1), desc=" ".join(map(str, (*arm, lr))), leave=False,
+                      disable=None if common.RANK == 0 else True):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch)).to(images.device)
         total, batches = 0.0, order[:len(order) // args.batch_size * args.batch_size].view(-1, args.batch_size)
         for index in batches:
@@ -292,16 +304,15 @@ def train(args, arm, data, progress):
             loss.sum().backward()   # the seeds share no weights, so their gradients do not mix
             optimizer.step()
             total = total + loss.detach()
-            progress.update()
         log(epoch, (total / len(batches)).tolist())
         if epoch in (max(1, args.epochs // 2), args.epochs):
-            layers += distributions(model, *probe, arm, epoch)
+            layers += distributions(model, *probe, names, epoch)
     return rows, layers
 
 
 # ------------------------------------------------------------------------------------------------------------- results
 
-NUMBERS = ("variance", "train_loss", "test_loss", "test_accuracy", "mean_square", *(f"q{q:g}" for q in QUANTILES))
+NUMBERS = ("variance", "lr", "train_loss", "test_loss", "test_accuracy", "mean_square", *(f"q{q:g}" for q in QUANTILES))
 
 
 def read_rows(path):
@@ -313,6 +324,18 @@ def read_rows(path):
 
 def arm_of(row):
     return tuple(row[key] for key in ARM)
+
+
+def at_best_rate(rows, others=()):
+    """The rows, and the others, of each arm's learning rate with the lowest mean training loss in the last epoch. The
+    test set has no say in it. A rate at which a seed diverged comes last."""
+    last, losses = max(row["epoch"] for row in rows), {}
+    for row in rows:
+        if row["epoch"] == last:
+            losses.setdefault(arm_of(row), {}).setdefault(row["lr"], []).append(row["train_loss"])
+    best = {arm: min(rates, key=lambda lr: sum(v if math.isfinite(v) else math.inf for v in rates[lr]))
+            for arm, rates in losses.items()}
+    return tuple([row for row in some if row["lr"] == best[arm_of(row)]] for some in (rows, others))
 
 
 def finals(rows):
@@ -344,11 +367,15 @@ def claims(rows):
                           "difference": mean, "low": low, "high": high,
                           "holds": "yes" if low > 0 else "no" if high < 0 else "not decided"})
 
-    for init, variance, norm in itertools.product(INITS, variances, ("off", "on")):
+    def arm(init, scaling, variance, norm):
+        return init, scaling, 1.0 if scaling == "unit" else variance, norm
+
+    for init, variance, norm in itertools.product(INITS, [v for v in variances if v != 1] or [1.0], ("off", "on")):
         for other in ("unit", "constant", "decreasing"):
-            compare("increasing beats the others", (init, "increasing", variance, norm), (init, other, variance, norm))
+            compare("increasing beats the others", (init, "increasing", variance, norm),
+                    arm(init, other, variance, norm))
         for other in ("unit", "constant"):
-            compare("decreasing is worse", (init, other, variance, norm), (init, "decreasing", variance, norm))
+            compare("decreasing is worse", arm(init, other, variance, norm), (init, "decreasing", variance, norm))
     for scaling, variance in itertools.product(SCALINGS, variances):
         compare("normal trains where uniform stalls" if scaling == "unit" else "normal is better than uniform",
                 ("he normal", scaling, variance, "off"), ("he uniform", scaling, variance, "off"))
@@ -359,8 +386,9 @@ def claims(rows):
 
 
 def summarise(rows):
-    accuracy = finals(rows)
-    arms = [{**dict(zip(ARM, arm, strict=True)), "seeds": len(values),
+    rows, _ = at_best_rate(rows)
+    accuracy, rates = finals(rows), {arm_of(row): row["lr"] for row in rows}
+    arms = [{**dict(zip(ARM, arm, strict=True)), "lr": rates[arm], "seeds": len(values),
              **dict(zip(("test_accuracy", "low", "high"), interval(values), strict=True))}
             for arm, values in accuracy.items()]
     return {"arms": arms, "claims": claims(rows)}
@@ -370,6 +398,7 @@ def draw_figures(rows, layers, config, directory):
     """curves.png: test accuracy and training loss over epochs, mean and 95 % of the seeds; layers.png: mean squares of
     activations and gradients by layer at the start against the theory, and the weights' quantiles."""
     plt = common.plot_style()
+    rows, layers = at_best_rate(rows, layers)
     arms = list(dict.fromkeys(map(arm_of, rows)))
     kinds = list(dict.fromkeys((arm[0], arm[3]) for arm in arms))
     variances = sorted({arm[2] for arm in arms})
@@ -437,9 +466,10 @@ def report(directory):
     except (OSError, ValueError, KeyError) as error:
         common.fail(f"argument --plot-only: {directory} holds no finished run ({error})")
     draw_figures(rows, layers, config, directory)
-    print(f"\n{'init':<16}{'scaling':<12}{'V':>8}{'batch norm':>12}{'test accuracy [%]':>20}{'95 % interval':>18}")
+    print(f"\n{'init':<16}{'scaling':<12}{'V':>8}{'batch norm':>12}{'rate':>10}"
+          f"{'test accuracy [%]':>20}{'95 % interval':>18}")
     for arm in summary["arms"]:
-        print(f"{arm['init']:<16}{arm['scaling']:<12}{arm['variance']:>8g}{arm['batch_norm']:>12}"
+        print(f"{arm['init']:<16}{arm['scaling']:<12}{arm['variance']:>8g}{arm['batch_norm']:>12}{arm['lr']:>10g}"
               f"{arm['test_accuracy']:>20.2f}{arm['low']:>10.2f} - {arm['high']:.2f}")
     print(f"\n{'claim':<36}{'holds':<13}{'points':>8}{'95 % interval':>18}   arms")
     for row in summary["claims"]:
@@ -454,11 +484,11 @@ def log_to_tensorboard(directory, rows, layers):
         for row in rows:
             for key in ("train_loss", "test_loss", "test_accuracy"):
                 if row[key] is not None:
-                    board.add_scalar(f"{key}/{'-'.join(map(str, arm_of(row)))}/seed{row['seed']}", row[key],
-                                     row["epoch"])
+                    board.add_scalar(f"{key}/{'-'.join(map(str, arm_of(row)))}-{row['lr']:g}/seed{row['seed']}",
+                                     row[key], row["epoch"])
         for row in layers:   # the quantiles as a histogram of five points
-            board.add_histogram(f"{row['quantity']}/{'-'.join(map(str, arm_of(row)))}/layer{row['layer']}",
-                                np.array([row[f"q{q:g}"] for q in QUANTILES]), row["epoch"])
+            name = f"{row['quantity']}/{'-'.join(map(str, arm_of(row)))}-{row['lr']:g}/layer{row['layer']}"
+            board.add_histogram(name, np.array([row[f"q{q:g}"] for q in QUANTILES]), row["epoch"])
 
 
 def main(argv=None):
@@ -469,35 +499,28 @@ def main(argv=None):
     data = [tensor.to(args.device) for tensor in tensors] + [classes]
     if len(data[1]) < args.batch_size:
         common.fail(f"argument --batch-size: {args.batch_size} is more than the {len(data[1])} training images")
-    out = common.start_run(args, f"runs/depth_init/{args.dataset}", (*ARM, "device"))
-    done = {"rows": [], "layers": []}
-    if args.resume and (out / "checkpoint.pt").exists():
-        done = common.load_checkpoint(out / "checkpoint.pt", "--resume")
-    arms = [(init, scaling, 1.0 if scaling == "unit" else variance, norm) for init, scaling, variance, norm in
-            itertools.product(args.init, args.scaling, args.variance, args.batch_norm)]
-    todo = [arm for arm in dict.fromkeys(arms) if arm not in set(map(arm_of, done["rows"]))]
+    out = common.start_run(args, f"runs/depth_init/{args.dataset}", (*ARM, "lr", "device"))
+    arms = dict.fromkeys((init, scaling, 1.0 if scaling == "unit" else variance, norm) for init, scaling, variance, norm
+                         in itertools.product(args.init, args.scaling, args.variance, args.batch_norm))
+    pieces = {" ".join(map(str, (*arm, lr))): (args, arm, lr, data) for arm in arms for lr in args.lr}
     try:
-        with tqdm(total=len(todo) * args.epochs * (len(data[1]) // args.batch_size), unit="step",
-                  disable=None) as progress:
-            for arm in todo:
-                progress.set_description(" ".join(map(str, arm)))
-                rows, layers = train(args, arm, data, progress)
-                done["rows"] += rows
-                done["layers"] += layers
-                common.save_atomically(out / "checkpoint.pt", lambda path: torch.save(done, path))
+        done = common.work(pieces, train, out)
     except KeyboardInterrupt:
         return common.interrupted(out)
-    common.write_csv(out / "metrics.csv", done["rows"])
-    common.write_csv(out / "layers.csv", done["layers"])
-    common.write_json(out / "summary.json", summarise(done["rows"]))
+    if done is None:
+        return 0
+    rows, layers = ([row for found in done.values() for row in found[i]] for i in (0, 1))
+    common.write_csv(out / "metrics.csv", rows)
+    common.write_csv(out / "layers.csv", layers)
+    common.write_json(out / "summary.json", summarise(rows))
     if args.tensorboard:
-        log_to_tensorboard(out / "tensorboard", done["rows"], done["layers"])
+        log_to_tensorboard(out / "tensorboard", rows, layers)
     report(out)
-    print(f"\n{out}/: curves.png, layers.png, metrics.csv, layers.csv, summary.json, config.json, checkpoint.pt")
-    diverged = {arm_of(row) for row in done["rows"] if not math.isfinite(row["train_loss"] or 0)}
+    print(f"\n{out}/: curves.png, layers.png, metrics.csv, layers.csv, summary.json, config.json, done/")
+    diverged = {arm_of(row) for row in at_best_rate(rows)[0] if not math.isfinite(row["train_loss"] or 0)}
     if diverged:
-        print(f"depth_init.py: diverged: {'; '.join(' '.join(map(str, arm)) for arm in diverged)}; try a smaller --lr "
-              f"(was {args.lr})", file=sys.stderr)
+        print(f"depth_init.py: diverged: {'; '.join(' '.join(map(str, arm)) for arm in diverged)}; try a smaller --lr",
+              file=sys.stderr)
     return 3 if diverged else 0
 
 

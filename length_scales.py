@@ -26,7 +26,6 @@ import sys
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import common
 
@@ -436,16 +435,19 @@ def main(argv=None):
     data += [classes]
     out = common.start_run(args, f"runs/length_scales/{args.dataset}", ("parts", "inits", "depths", "start_depths",
                                                                         "modules", "device"))
-    rows = read_rows(out / "metrics.csv") if (out / "metrics.csv").exists() else []
-    done = {(row["part"], row["setting"], row["depth"]) for row in rows}
-    todo = [(part, *setting) for part in args.parts for setting in PARTS[part](args, data)
-            if (part, *setting[:2]) not in done]
+    pieces = {f"{part}, {setting}, {depth}": (part, setting, depth, measure)
+              for part in args.parts for setting, depth, measure in PARTS[part](args, data)}
+
+    def piece(part, setting, depth, measure):
+        return measure(stream(args, part, setting, depth), setting, depth)
+
     try:
-        for part, setting, depth, measure in tqdm(todo, unit="setting", disable=None):
-            rows += measure(stream(args, part, setting, depth), setting, depth)
-            common.write_csv(out / "metrics.csv", rows)
+        done = common.work(pieces, piece, out, 1 if args.device.startswith("cuda") else torch.get_num_threads())
     except KeyboardInterrupt:
         return common.interrupted(out)
+    if done is None:
+        return 0
+    common.write_csv(out / "metrics.csv", [row for rows in done.values() for row in rows])
     rows = read_rows(out / "metrics.csv")
     common.write_json(out / "summary.json", summarise(rows))
     if args.tensorboard:

@@ -22,7 +22,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import pathlib
 import sys
 
@@ -463,11 +462,6 @@ def main(argv=None):
     args = parse_arguments(argv)
     if args.plot_only:
         return report(args.plot_only)
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1:
-        torch.distributed.init_process_group("gloo")
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = torch.device(args.device)
     *tensors, classes = common.load_data(args.dataset, args.data_dir, args.image_size)
     data = [tensor.flatten(1).to(device) if tensor.ndim > 1 else tensor.to(device) for tensor in tensors] + [classes]
@@ -483,14 +477,8 @@ def main(argv=None):
         common.fail(f"argument --memory: {memory / 2 ** 30:.3g} GiB is too small for a network of {cells[-1][0]} "
                     f"units; it takes {need + 0.001:.3f}")
 
-    out = None
-    if rank == 0:
-        out = common.start_run(args, f"runs/mlp_replicated/{args.dataset}", (*GROWING, "memory", "device"))
-        (out / "seeds").mkdir(exist_ok=True)
-    if processes > 1:
-        names = [out]
-        torch.distributed.broadcast_object_list(names)
-        out = names[0]
+    out = common.start_run(args, f"runs/mlp_replicated/{args.dataset}", (*GROWING, "memory", "device"))
+    (out / "seeds").mkdir(exist_ok=True)
 
     def finished(seed):
         path = out / "seeds" / f"{seed}.csv"
@@ -498,15 +486,15 @@ def main(argv=None):
 
     left_out = len(args.widths) * len(args.features) * len(args.noise) * len(args.dropout) - len(cells)
     missing = {}   # cells still to be trained -> the seeds that miss just these
-    for seed in range(rank, args.seeds, processes):
+    for seed in range(common.RANK, args.seeds, common.PROCESSES):
         done = {cell_of(row) for row in finished(seed)}
         missing.setdefault(tuple(cell for cell in cells if cell not in done), []).append(seed)
     missing.pop((), None)
-    if rank == 0 and left_out:
+    if common.RANK == 0 and left_out:
         print(f"{left_out} cells of the grid have more features than units and are left out; {len(cells)} remain")
     try:
         with tqdm(total=sum(len(cells) * len(seeds) for cells, seeds in missing.items()) * args.steps, unit="step",
-                  smoothing=0.05, disable=None if rank == 0 else True, unit_scale=True) as progress:
+                  smoothing=0.05, disable=None if common.RANK == 0 else True, unit_scale=True) as progress:
             for todo, seeds in missing.items():
                 for some, units in rooms(todo, most // TILE * TILE):
                     at_once = max(1, most // units)
@@ -517,10 +505,7 @@ def main(argv=None):
                                              [*finished(seed), *(row for row in rows if row["seed"] == seed)])
     except KeyboardInterrupt:
         return common.interrupted(out)
-    if processes > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    if rank > 0:
+    if not common.together():
         return 0
     wanted = set(cells)
     rows = sorted((row for seed in range(args.seeds) for row in finished(seed) if cell_of(row) in wanted),

@@ -21,8 +21,9 @@ def device(request):
 
 @pytest.fixture
 def run():
-    """run("constnet.py", "--epochs", 1, ...) -> the finished process, its output as text."""
-    def run(script, *arguments, **options):
-        return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True,
-                              timeout=600, **options)
+    """run("constnet.py", "--epochs", 1, ...) -> the finished process, its output as text; processes: torchrun's."""
+    def run(script, *arguments, processes=1, **options):
+        several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        return subprocess.run([sys.executable, *(several if processes > 1 else ()), str(ROOT / script),
+                               *map(str, arguments)], capture_output=True, text=True, timeout=600, **options)
     return run

@@ -91,7 +91,7 @@ def test_signal_and_gradient_follow_the_products(scaling):
     torch.manual_seed(0)
     arm = ("he normal", scaling, 22.0, "off")
     model = depth_init.Batched(args, 200, 10, arm)
-    rows = depth_init.distributions(model, torch.randn(20, 200, 1, 1), torch.randint(0, 10, (20,)), arm, 0)
+    rows = depth_init.distributions(model, torch.randn(20, 200, 1, 1), torch.randint(0, 10, (20,)), {}, 0)
     s = scales(6, scaling, 22.0)
     for quantity, theory in (("activation", np.cumprod(s) / s[0]), ("gradient", np.cumprod(s[::-1])[::-1] / s)):
         found = np.array([row["mean_square"] for row in rows if row["quantity"] == quantity])
@@ -144,17 +144,31 @@ def test_seeds_do_not_depend_on_their_number():
 
 def test_claims_from_known_accuracies():
     def rows(values):
-        return [{"init": init, "scaling": scaling, "variance": 22.0, "batch_norm": norm, "seed": seed, "epoch": 3,
-                 "test_accuracy": value + 0.1 * seed}
+        return [{"init": init, "scaling": scaling, "variance": 1.0 if scaling == "unit" else 22.0, "batch_norm": norm,
+                 "seed": seed, "epoch": 3, "test_accuracy": value + 0.1 * seed}
                 for (init, scaling, norm), value in values.items() for seed in range(6)]
 
     found = depth_init.claims(rows({("he normal", "increasing", "off"): 50.0, ("he normal", "decreasing", "off"): 30.0,
-                                    ("he normal", "constant", "off"): 55.0, ("he normal", "increasing", "on"): 60.0}))
-    verdicts = {(row["claim"], row["worse"].split(" / ")[1]): (row["holds"], round(row["difference"], 6)) for row in found}
-    assert verdicts == {("increasing beats the others", "constant"): ("no", -5.0),
-                        ("increasing beats the others", "decreasing"): ("yes", 20.0),
-                        ("decreasing is worse", "decreasing"): ("yes", 25.0),
-                        ("batch norm mends a high variance", "increasing"): ("yes", 10.0)}
+                                    ("he normal", "constant", "off"): 55.0, ("he normal", "increasing", "on"): 60.0,
+                                    ("he normal", "unit", "off"): 44.0}))
+    verdicts = {(row["claim"], *(row[arm].split(" / ")[1] for arm in ("better", "worse"))):
+                (row["holds"], round(row["difference"], 6)) for row in found}
+    assert verdicts == {("increasing beats the others", "increasing", "unit"): ("yes", 6.0),
+                        ("increasing beats the others", "increasing", "constant"): ("no", -5.0),
+                        ("increasing beats the others", "increasing", "decreasing"): ("yes", 20.0),
+                        ("decreasing is worse", "unit", "decreasing"): ("yes", 14.0),
+                        ("decreasing is worse", "constant", "decreasing"): ("yes", 25.0),
+                        ("batch norm mends a high variance", "increasing", "increasing"): ("yes", 10.0)}
+
+
+def test_the_rate_is_chosen_by_training_loss():
+    rows = [{"init": "he normal", "scaling": scaling, "variance": 1.0, "batch_norm": "off", "lr": lr, "seed": seed, "epoch": 2,
+             "train_loss": loss, "test_accuracy": 100 * lr}
+            for scaling, losses in (("unit", {0.1: [2, 2], 0.2: [1, 2], 0.3: [0, math.nan]}), ("constant", {0.1: [1, 1], 0.2: [2, 2]}))
+            for lr, values in losses.items() for seed, loss in enumerate(values)]
+    kept, others = depth_init.at_best_rate(rows, rows[::2])
+    assert {(row["scaling"], row["lr"]) for row in kept} == {("unit", 0.2), ("constant", 0.1)} and len(kept) == 4
+    assert others == [row for row in kept if row["seed"] == 0]
 
 
 # ------------------------------------------------------------------------------------------------------------ the script
@@ -178,6 +192,15 @@ def test_script_resume_and_plot_only(run, tmp_path):
     assert [(whole / name).read_bytes() for name in ("curves.png", "layers.png")] == before
 
 
+def test_torchrun_gives_the_same_files(run, tmp_path):
+    arguments = (*QUICK, "--scaling", "unit", "increasing", "--lr", 0.001, 0.003)
+    assert run("depth_init.py", *arguments, "--out", tmp_path / "one").returncode == 0
+    done = run("depth_init.py", *arguments, "--out", tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
+    for name in ("metrics.csv", "layers.csv", "summary.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
 def test_divergence_keeps_the_rows(run, tmp_path):
     done = run("depth_init.py", *QUICK, "--scaling", "unit", "--lr", 1e20, "--out", tmp_path / "a")
     assert done.returncode == 3 and "diverged" in done.stderr and (tmp_path / "a" / "metrics.csv").exists(), done.stderr
@@ -198,10 +221,5 @@ def test_bad_arguments_are_one_line_and_exit_2(capsys, given, complaint):
 def test_digits_train():
     *tensors, classes = common.load_data("digits", None)
     args = arguments("--layers", 4, "--epochs", 4, "--seeds", 2)
-
-    class Progress:
-        def update(self):
-            pass
-
-    rows, _ = depth_init.train(args, ("he normal", "unit", 1.0, "off"), [*tensors, classes], Progress())
+    rows, _ = depth_init.train(args, ("he normal", "unit", 1.0, "off"), 0.003, [*tensors, classes])
     assert min(row["test_accuracy"] for row in rows if row["epoch"] == 4) > 70
