@@ -361,7 +361,7 @@ def main(argv=None):
         done = common.work(pieces, do, out)
     except KeyboardInterrupt:
         return common.interrupted(out)
-    if done is None:
+    if not common.first_process():
         return 0
     found, accuracies = zip(*done.values(), strict=True)
     rows = list(itertools.chain(*found))

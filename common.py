@@ -260,30 +260,37 @@ def _start_run(args, default, may_differ):
     return out
 
 
-def work(pieces, do, out, workers=1):
+def work(pieces, do, out, workers=1, share=True):
     """{name: do(*piece)} of pieces, {name: piece}; results are lists and dicts of numbers and strings.
 
     A result is kept in out/done/NAME.json as soon as it is there, and is not worked out again. torchrun's processes
-    share the pieces; all but the first get None. `workers` threads, each with one CPU thread of PyTorch's, where do
-    spends its time in large operations.
+    share the pieces, or, with share=False, work on each together. `workers` threads, each with one CPU thread of
+    PyTorch's, where do spends its time in large operations.
     """
     (out / "done").mkdir(exist_ok=True)
+    paths = {name: out / "done" / f"{name}.json" for name in pieces}
 
     def one(name):
-        path = out / "done" / f"{name}.json"
-        if not path.exists():
-            write_json(path, do(*pieces[name]))
+        if not paths[name].exists():
+            result = do(*pieces[name])
+            if share or RANK == 0:
+                write_json(paths[name], result)
 
-    mine = list(pieces)[RANK::PROCESSES]
+    mine = list(pieces)[RANK::PROCESSES] if share else list(pieces)
     with concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         through = pool.map if workers > 1 else map
         for _ in tqdm(through(one, mine), total=len(mine), disable=None if RANK == 0 else True):
             pass
-    return {name: json.loads((out / "done" / f"{name}.json").read_text()) for name in pieces} if together() else None
+    if PROCESSES > 1:
+        torch.distributed.barrier()
+    try:
+        return {name: json.loads((path := paths[name]).read_text()) for name in pieces}
+    except ValueError as error:
+        return fail(f"argument --resume: {path} is damaged ({_line(error)}); delete it to have it worked out again")
 
 
-def together():
-    """Waits for all of torchrun's processes; whether this is the first, which writes the results."""
+def first_process():
+    """Leaves torchrun's other processes; whether this is the first of them, which writes the results."""
     if PROCESSES > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

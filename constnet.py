@@ -8,17 +8,21 @@ learns; with an order drawn for every weight (shuffled) or left to racing thread
 
     python constnet.py --order fixed shuffled atomic          # digits, about a minute on two cores
     python constnet.py --dataset cifar100 --dropout 0         # the paper's run; wants a GPU
+    python constnet.py --table1 --seed 0 1 2                  # Table 1 and its footnote, beside the paper's numbers
+    torchrun --nproc-per-node 4 constnet.py --dataset cifar10     # data parallel; a study's runs are shared out instead
 
-Every run writes config.json, metrics.csv (a row per arm, seed and step), summary.json, constnet.png, checkpoint.pt and
-the weights of every finished arm as ORDER-SEED.pt.
+The sections below: arguments, the two networks, symmetry measures, training, the studies (Table 1, Figure 2, LeakyNet,
+pruning, signal propagation), results. Every run writes config.json, metrics.csv (a row per arm, seed and step),
+summary.json, constnet.png, the weights of every finished arm as ARM-SEED.pt, and, while an arm runs, ARM-SEED.csv and
+ARM-SEED-checkpoint.pt.
 Exit status: 0 done, 2 bad input, 3 diverged (the metrics are kept), 130 interrupted (the checkpoint is kept).
 """
 
 import argparse
 import csv
+import fnmatch
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -30,6 +34,7 @@ import ordered_reduce
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from tqdm import tqdm
 
 import common
@@ -48,7 +53,8 @@ DEFAULTS = {"digits": {**SMALL, "epochs": 24}, "mnist": SMALL, "fashion-mnist": 
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv, more=()):
+    """The arguments, checked; `more` are appended to the command line."""
     parser = common.parser(__doc__)
 
     def defaults(name):
@@ -69,6 +75,17 @@ def parse_arguments(argv=None):
                            "the paper")
     what.add_argument("--widen", type=int, metavar="W",
                       help=f"stages have 16 W, 32 W and 64 W channels; {defaults('widen')}; paper: 10")
+    what.add_argument("--arch", choices=("constnet", "leakynet"), default="constnet",
+                      help="leakynet is the second network of the ICML version: no skips, leaky ReLU (0.01); default: "
+                           "constnet")
+    what.add_argument("--layer-init", default="1_ii11_ii11_ii11", metavar="LETTERS",
+                      help="leakynet: how the stem and every layer starts: h random (He), i identity, 1 the mean of "
+                           "its inputs; default: 1_ii11_ii11_ii11")
+    what.add_argument("--norm", choices=("batch", "fixup"), default="batch",
+                      help="of constnet's blocks: batch norm, or none but a scalar bias before and after the "
+                           "convolution and a scalar factor (Fixup); default and paper: batch")
+    what.add_argument("--freeze", nargs="+", default=[], metavar="GLOB",
+                      help="parameters that are not trained, such as 'stem.*'; default: none")
     what.add_argument("--dropout", type=float, default=0.0, metavar="P",
                       help="probability in [0, 1) with which the input of a block's convolution is dropped, the "
                            "paper's other symmetry breaker; default: 0; paper: 0 to 0.15")
@@ -82,6 +99,7 @@ def parse_arguments(argv=None):
                      help="of the learning rate: step multiplies it by 0.2 after 30 %%, 60 %% and 80 %% of the epochs "
                           f"(the authors' 140, 80 and 40 of 200 to go), cosine ends at 0; {defaults('schedule')}")
     how.add_argument("--momentum", type=float, default=0.9, metavar="M", help="default: 0.9")
+    how.add_argument("--nesterov", action="store_true", help="Nesterov's momentum")
     how.add_argument("--weight-decay", type=float, metavar="D", help=defaults("weight_decay"))
     how.add_argument("--mixup", type=float, metavar="ALPHA",
                      help="mix every image and label with another's, by a share drawn once a step from Beta(ALPHA, "
@@ -89,6 +107,11 @@ def parse_arguments(argv=None):
     how.add_argument("--augment", action=argparse.BooleanOptionalAction,
                      help="random crop after padding by an eighth of the size, random horizontal flip; "
                           f"{defaults('augment')}")
+    how.add_argument("--cutout", type=int, default=0, metavar="PIXELS",
+                     help="side of a square at a random place of every image that is set to 0; default: 0, off")
+    how.add_argument("--prox", type=float, nargs="+", default=[0.0], metavar="LAMBDA",
+                     help="after every step, pull the weights of convolutions by rate * LAMBDA to 0 and no further "
+                          "(soft threshold), so that they stay sparse; several values are arms; default: 0, off")
     how.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S",
                      help="of weights, data order, augmentation, dropout; several are run one by one; default: 0")
     how.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
@@ -114,8 +137,27 @@ def parse_arguments(argv=None):
                        help="steps FIRST <= step < END at which the order is applied, fixed before and after; "
                             "default: all")
 
+    group = parser.add_argument_group("studies: one of them, several arms each")
+    study = group.add_mutually_exclusive_group()
+    study.add_argument("--table1", action="store_true",
+                       help="the eight rows of Table 1, with all orders fixed, the ninth of its footnote (all "
+                            "constant, no dropout, atomic) and ours, the same shuffled")
+    study.add_argument("--figure2", nargs=2, metavar="DATASET",
+                       help="Constnet and the standard initialisation, dropout 0.01, on two data sets")
+    study.add_argument("--leakynet-study", action="store_true", help="the authors' seven choices of --layer-init")
+    study.add_argument("--prune", type=float, nargs="+", metavar="KEEP",
+                       help="train, keep this share of the weights of each convolution, rewind and train again: the "
+                            "largest weights against a random choice, for Constnet and the standard initialisation")
+    study.add_argument("--signal", action="store_true",
+                       help="train nothing: mean squares of activations and gradients by layer at the start, for "
+                            "--init and the standard initialisation")
+    group.add_argument("--rewind", type=int, default=0, metavar="STEP",
+                       help="of --prune: the step of the first training that the second starts from; default: 0")
+
     common.add_files(parser, "constnet/DATASET", "to the same bits; finished arms are kept")
-    args = parser.parse_args(argv)
+    args = parser.parse_args([*argv, *more])
+    if args.lr is None and (args.arch == "leakynet" or args.leakynet_study):
+        args.lr = 0.03   # the authors'
     common.check_common(args, DEFAULTS)
     check_arguments(args)
     return args
@@ -132,14 +174,30 @@ def check_arguments(args):
     args.init = "".join(sorted(set(args.init))) if args.init != "none" else ""
     need(set(args.init) <= set("abcd"), "--init", repr(args.init), "letters of a, b, c, d, or 'none'")
     need(args.blocks >= 3 and args.blocks % 3 == 0, "--blocks", args.blocks, "a positive multiple of 3")
+    letters = args.layer_init.replace("_", "")
+    need(set(letters) <= set("hi1") and len(letters) == 1 + args.blocks, "--layer-init", repr(args.layer_init),
+         f"{1 + args.blocks} letters of h, i, 1, one for the stem and one for each of --blocks {args.blocks}")
     common.at_least_1(args, "widen", "epochs", "batch_size")
     need(0 <= args.dropout < 1, "--dropout", args.dropout, "in [0, 1)")
     need(0 <= args.momentum < 1, "--momentum", args.momentum, "in [0, 1)")
-    for name in ("lr", "weight_decay", "mixup"):
+    need(args.momentum > 0 or not args.nesterov, "--momentum", args.momentum, "above 0 with --nesterov")
+    need(len(set(args.prox)) == len(args.prox), "--prox", args.prox, "different values")
+    need(all(0 < keep < 1 for keep in args.prune or ()), "--prune", args.prune, "shares in (0, 1)")
+    need(args.rewind >= 0 and (args.rewind == 0 or args.prune), "--rewind", args.rewind, "at least 0, with --prune")
+    need(args.cutout >= 0, "--cutout", args.cutout, "at least 0")
+    for dataset in args.figure2 or ():
+        need(dataset in common.DATASETS, "--figure2", dataset, f"two of {', '.join(common.DATASETS)}")
+    for name in ("lr", "weight_decay", "mixup", "prox"):
         value = getattr(args, name)
-        need(math.isfinite(value) and value >= 0, f"--{name}", value, "finite and at least 0")
-    need(1 <= args.splits <= args.batch_size, "--splits", args.splits,
-         f"from 1 to the batch size, {args.batch_size}: a group needs a sample")
+        need(all(math.isfinite(v) and v >= 0 for v in (value if name == "prox" else [value])), f"--{name}", value,
+             "finite and at least 0")
+    share, together = args.batch_size, common.PROCESSES > 1 and not study_of(args)
+    if together:
+        share = args.batch_size // common.PROCESSES
+        need(args.batch_size % common.PROCESSES == 0, "--batch-size", args.batch_size,
+             f"a multiple of the {common.PROCESSES} processes")
+    need(1 <= args.splits <= share, "--splits", args.splits,
+         f"from 1 to the batch size, {share}: a group needs a sample")
     if args.order_steps is not None:
         need(0 <= args.order_steps[0] < args.order_steps[1], "--order-steps", args.order_steps,
              "FIRST END with 0 <= FIRST < END: the window would be empty")
@@ -148,17 +206,27 @@ def check_arguments(args):
     need(args.precision != "tf32" or device.type == "cuda", "--precision", "tf32", "fp32 or bf16 on the CPU")
 
 
-# -------------------------------------------------------------------------------------------------------------- model
+def study_of(args):
+    """The name of the study, or "" for a plain run."""
+    studies = ("table1", "figure2", "leakynet_study", "prune", "signal")
+    return next((name for name in studies if getattr(args, name)), "")
+
+
+# -------------------------------------------------------------------------------------------------------- the networks
 
 
 class Block(nn.Module):
-    """x -> shortcut(x) + conv(relu(bn(x))): the skip bypasses one convolution; a 1x1 shortcut is applied to bn(x)."""
+    """x -> shortcut(x) + conv(relu(bn(x))): the skip bypasses one convolution; a 1x1 shortcut is applied to bn(x).
 
-    def __init__(self, channels_in, channels, stride, dropout):
+    With Fixup, x -> shortcut(x) + scale * (conv(relu(x + bias)) + bias), the shortcut applied to x + bias.
+    """
+
+    def __init__(self, channels_in, channels, stride, dropout, norm):
         super().__init__()
-        self.bn = nn.BatchNorm2d(channels_in)
+        self.bn = nn.BatchNorm2d(channels_in) if norm == "batch" else Scalar(0.0)
         self.conv = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
         self.dropout = nn.Dropout(dropout)
+        self.after = nn.Identity() if norm == "batch" else nn.Sequential(Scalar(0.0), Scalar(1.0))
         self.shortcut = None
         if stride != 1 or channels_in != channels:
             self.shortcut = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
@@ -166,27 +234,100 @@ class Block(nn.Module):
     def forward(self, x):
         normal = self.bn(x)
         skip = x if self.shortcut is None else self.shortcut(normal)
-        return skip + self.conv(self.dropout(F.relu(normal)))
+        return skip + self.after(self.conv(self.dropout(F.relu(normal))))
+
+
+class Scalar(nn.Module):
+    """Adds a trained number that starts at 0, or multiplies by one that starts at 1."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.value, self.start = nn.Parameter(torch.tensor(start)), start
+
+    def forward(self, x):
+        return x * self.value if self.start else x + self.value
 
 
 class Constnet(nn.Module):
     """Stem of 16 channels, three stages of 16 w, 32 w, 64 w channels (the last two halve the image), linear head."""
 
-    def __init__(self, channels, classes, blocks=12, widen=1, dropout=0.0):
+    def __init__(self, channels, classes, blocks=12, widen=1, dropout=0.0, norm="batch"):
         super().__init__()
         self.stem = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
-        width, stages = 16, []
-        for stage in range(3):
-            stage_blocks = []
-            for block in range(blocks // 3):
-                stage_blocks.append(Block(width, 16 * widen << stage, 2 if stage and not block else 1, dropout))
-                width = 16 * widen << stage
-            stages.append(nn.Sequential(*stage_blocks))
-        self.stages = nn.Sequential(*stages)
-        self.head = nn.Linear(width, classes)
+        self.stages = stages(blocks, widen, lambda number, *shape: Block(*shape, dropout, norm))
+        self.head = nn.Linear(64 * widen, classes)
 
     def forward(self, x):
         return self.head(F.relu(self.stages(self.stem(x))).mean((2, 3)))
+
+
+def stages(blocks, widen, block):
+    """The stages of both networks; block(number, channels in, channels, stride) makes a block."""
+    width, made, number = 16, [], 0
+    for stage in range(3):
+        row = []
+        for place in range(blocks // 3):
+            row.append(block(number, width, 16 * widen << stage, 2 if stage and not place else 1))
+            width, number = 16 * widen << stage, number + 1
+        made.append(nn.Sequential(*row))
+    return nn.Sequential(*made)
+
+
+LEAK = 0.01   # of LeakyNet's ReLU
+
+
+class LeakyBlock(nn.Module):
+    """x -> leaky_relu(conv(x)), then batch norm in every second block: see LeakyNet."""
+
+    def __init__(self, number, channels_in, channels, stride, dropout):
+        super().__init__()
+        self.phase = -1 if number % 2 else 1
+        self.conv = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.bn = nn.BatchNorm2d(channels) if self.phase < 0 else nn.Identity()
+
+    def forward(self, x):
+        return self.bn(self.dropout(F.leaky_relu(self.conv(x), LEAK)))
+
+
+class LeakyNet(nn.Module):
+    """The ICML version's network without skips: layers of phase +1 and -1 in turn. A layer of phase -1 that starts with
+    -1 / leak times the identity undoes the leaky ReLU before it, but for the sign."""
+
+    def __init__(self, channels, classes, layer_init, blocks=12, widen=1, dropout=0.0):
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.stages = stages(blocks, widen, lambda *shape: LeakyBlock(*shape, dropout))
+        self.head = nn.Linear(64 * widen, classes)
+        layers = [(self.stem, 1)] + [(block.conv, block.phase) for stage in self.stages for block in stage]
+        for (layer, phase), letter in zip(layers, layer_init.replace("_", ""), strict=True):
+            start_layer_(layer.weight, letter, 1.0 if phase > 0 else -1 / LEAK)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x):
+        return self.head(F.leaky_relu(self.stages(self.stem(x)), LEAK).mean((2, 3)))
+
+
+@torch.no_grad()
+def start_layer_(weight, letter, factor):
+    """h: He-normal; 1: the mean of the inputs, i: output o is input o modulo their number, both times factor."""
+    if letter == "h":
+        nn.init.kaiming_normal_(weight, LEAK)
+    elif letter == "1":
+        centre_tap_(weight, factor)
+    else:
+        out, height, width = torch.arange(weight.shape[0]), *weight.shape[2:]
+        weight.zero_()[out, out % weight.shape[1], height // 2, width // 2] = factor
+
+
+def make_network(args, channels, classes):
+    """The network of these arguments, initialised from PyTorch's global generator."""
+    if args.arch == "leakynet":
+        return LeakyNet(channels, classes, args.layer_init, args.blocks, args.widen, args.dropout)
+    model = Constnet(channels, classes, args.blocks, args.widen, args.dropout, args.norm)
+    initialise(model, args.init)
+    return model
 
 
 @torch.no_grad()
@@ -211,10 +352,10 @@ def initialise(model, parts):
                 centre_tap_(block.shortcut.weight)
 
 
-def centre_tap_(weight):
-    """1 / input channels in the middle of every filter, 0 elsewhere: each output is the mean of the inputs."""
+def centre_tap_(weight, factor=1.0):
+    """factor / input channels in the middle of every filter, 0 elsewhere: each output is the mean of the inputs."""
     height, width = weight.shape[2:]
-    weight.zero_()[:, :, height // 2, width // 2] = 1 / weight.shape[1]
+    weight.zero_()[:, :, height // 2, width // 2] = factor / weight.shape[1]
 
 
 # --------------------------------------------------------------------------------------------------- symmetry measures
@@ -318,6 +459,15 @@ def augment(x):
     return F.pad(x, (pad,) * 4)[image, channel.view(1, -1, 1, 1), rows[:, None, :, None], columns[:, None, None, :]]
 
 
+def cutout(x, size):
+    """Sets a size x size square of every image to 0; its centre is anywhere in the image (DeVries and Taylor, 2017)."""
+    n, _, height, width = x.shape
+    top, left = (torch.randint(0, side, (n, 1), device=x.device) - size // 2 for side in (height, width))
+    rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    inside = [(line >= first) & (line < first + size) for line, first in ((rows, top), (columns, left))]
+    return x.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0.0)
+
+
 def learning_rate(args, epoch):
     """At an epoch, which may be a fraction."""
     done = epoch / args.epochs
@@ -339,93 +489,158 @@ def evaluate(model, images, labels, normalise, autocast):
     return float(loss) / len(labels), 100 * int(correct) / len(labels)
 
 
-class Diverged(Exception):
-    """What happened, and the rows of metrics.csv so far."""
+def conv_weights(model):
+    return [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
 
 
-def train(args, order, seed, data, state, save, progress):
-    """One arm. state is what `save` was last given, or None; returns the arm's object in summary.json, its rows and
-    its weights."""
+@torch.no_grad()
+def soft_threshold_(weights, by):
+    """The proximal step of by * |w|: each weight goes by this much towards 0 and no further (Bach et al., 2012)."""
+    for weight in weights:
+        weight.copy_(weight.sign() * (weight.abs() - by).clamp(min=0))
+
+
+def share_not_zero(weights):
+    """Of all weights together [%]."""
+    return 100 * float(sum((weight != 0).sum() for weight in weights)) / sum(weight.numel() for weight in weights)
+
+
+@torch.no_grad()
+def masks_of(weights, kind, keep):
+    """For every weight the mask of the share to keep: its largest values, or a random choice."""
+    method = {"largest": prune.L1Unstructured, "random": prune.RandomUnstructured}[kind](1 - keep)
+    return [method.compute_mask(weight, torch.ones_like(weight)) for weight in weights]
+
+
+def train(args, name, seed, data, out):
+    """One arm; args.order and args.prox are its own. Continues from its checkpoint in out where there is one.
+
+    Returns {"summary": the arm's object in summary.json, "rows": those of metrics.csv}; its weights go to
+    out/NAME-SEED.pt. With several processes each takes its part of every batch (DistributedDataParallel).
+    """
     images, labels, test_images, test_labels, classes = data
-    device, batch = images.device, args.batch_size
+    device, batch, run, first = images.device, args.batch_size, f"{name}-{seed}", common.RANK == 0
+    parallel = common.PROCESSES > 1 and not study_of(args)
+    part = slice(batch // common.PROCESSES * common.RANK, batch // common.PROCESSES * (common.RANK + 1)) if parallel \
+        else slice(batch)
     normalise = normaliser(images)
 
     torch.manual_seed(draw(seed, 0, "weights"))
-    model = Constnet(images.shape[1], classes, args.blocks, args.widen, args.dropout)
-    initialise(model, args.init)
+    model = make_network(args, images.shape[1], classes)
+    masks = []
+    if args.mask:   # of the trained weights, for a network that starts where that training was at step --rewind
+        dense = common.load_checkpoint(out / f"{args.dense}-{seed}.pt", "--prune")
+        model.load_state_dict(dense)
+        torch.manual_seed(draw(seed, 0, "mask"))
+        masks = [mask.to(device) for mask in masks_of(conv_weights(model), args.mask, args.keep)]
+        model.load_state_dict(common.load_checkpoint(out / f"{args.dense}-{seed}-rewind.pt", "--prune"))
     model.to(device).train()
+    weights = conv_weights(model)
+    with torch.no_grad():
+        for weight, mask in zip(weights, masks, strict=bool(masks)):
+            weight.mul_(mask)
+    for parameter, value in model.named_parameters():
+        value.requires_grad_(not any(fnmatch.fnmatchcase(parameter, pattern) for pattern in args.freeze))
 
     # In every arm but native nothing but the chosen additions may vary from run to run.
-    torch.use_deterministic_algorithms(order != "native")
-    torch.backends.cudnn.deterministic = order != "native"
+    torch.use_deterministic_algorithms(args.order != "native")
+    torch.backends.cudnn.deterministic = args.order != "native"
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    if order != "native":
+    if args.order != "native":
         ordered_reduce.convert(model, "fixed", args.splits)
-    policy = ordered_reduce.convert(model, order, args.splits, args.order_seed, args.order_scope, args.order_layers,
-                                    args.order_steps)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    policy = ordered_reduce.convert(model, args.order, args.splits, args.order_seed, args.order_scope,
+                                    args.order_layers, args.order_steps)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=args.lr, momentum=args.momentum,
+                                weight_decay=args.weight_decay, nesterov=args.nesterov)
     symmetry = Symmetry(model)
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     steps_per_epoch = len(labels) // batch
-    step, seconds, rows, losses = 0, 0.0, [], []
-    if state is None:
-        symmetry.watch(0)
-        test_loss, test_accuracy = evaluate(model, test_images, test_labels, normalise, autocast)
-        rows.append({"arm": order, "seed": seed, "step": 0, "epoch": 0.0, "test_loss": test_loss,
-                     "test_accuracy": test_accuracy})
-        symmetry.measure(rows[-1])
-    else:
+    step, seconds, rows, losses, logged = args.rewind if args.mask else 0, 0.0, [], [], 0
+    checkpoint, state = out / f"{run}-checkpoint.pt", None
+    if checkpoint.exists():
+        state = common.load_checkpoint(checkpoint, "--resume")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        policy.load_state_dict({"step": state["step"]})
         step, seconds, rows, losses = state["step"], state["seconds"], state["rows"], state["losses"]
         symmetry.first_broken = state["first_broken"]
-        progress.update(step)
+    else:
+        symmetry.watch(step)
+        test_loss, test_accuracy = evaluate(model, test_images, test_labels, normalise, autocast)
+        rows.append({"arm": name, "seed": seed, "step": step, "epoch": step / steps_per_epoch, "test_loss": test_loss,
+                     "test_accuracy": test_accuracy, "nonzero": share_not_zero(weights)})
+        symmetry.measure(rows[-1])
+    policy.load_state_dict({"step": step})
+    forward = nn.parallel.DistributedDataParallel(model) if parallel else model
 
-    def snapshot():
+    def save():
+        nonlocal logged
         symmetry.flush()
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rows": rows,
-                "seconds": seconds + time.perf_counter() - started, "losses": [float(loss) for loss in losses],
-                "first_broken": symmetry.first_broken}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rows": rows,
+                 "seconds": seconds + time.perf_counter() - started, "losses": [float(loss) for loss in losses],
+                 "first_broken": symmetry.first_broken}
+        common.save_atomically(checkpoint, lambda path: torch.save(state, path))
+        common.write_csv(out / f"{run}.csv", rows)
+        if args.tensorboard:
+            log_to_tensorboard(out / "tensorboard", rows[logged:])
+            logged = len(rows)
+
+    def save_weights(path):
+        if first or not parallel:
+            common.save_atomically(path, lambda temporary: torch.save(model.state_dict(), temporary))
 
     started = saved = time.perf_counter()
-    while step < args.epochs * steps_per_epoch:
+    data_order, diverged = None, False
+    progress = tqdm(total=args.epochs * steps_per_epoch, initial=step, unit="step", smoothing=0.05, desc=run,
+                    leave=False, disable=None if first else True)
+    while step < args.epochs * steps_per_epoch and not diverged:
+        if args.prune and not args.mask and step == args.rewind:
+            save_weights(out / f"{run}-rewind.pt")
         epoch, within = divmod(step, steps_per_epoch)
-        if within == 0 or state is not None:
+        if within == 0 or data_order is None:
             generator = torch.Generator().manual_seed(draw(seed, epoch, "data"))
-            data_order, state = torch.randperm(len(labels), generator=generator).to(device), None
-        if args.augment or args.mixup or args.dropout:
-            torch.manual_seed(draw(seed, step, "step"))
-        chosen = data_order[within * batch:(within + 1) * batch]
+            data_order = torch.randperm(len(labels), generator=generator).to(device)
+        if args.augment or args.mixup or args.dropout or args.cutout:
+            torch.manual_seed(draw(seed, step, f"step {common.RANK}" if parallel and not first else "step"))
+        chosen = data_order[within * batch:(within + 1) * batch][part]
         x, y = images[chosen], labels[chosen]
         x = normalise(augment(x) if args.augment else x)
+        x = cutout(x, args.cutout) if args.cutout else x
         with autocast():
             if args.mixup:
                 share = float(torch.distributions.Beta(args.mixup, args.mixup).sample())
-                other = torch.randperm(batch)
-                logits = model(share * x + (1 - share) * x[other]).float()
+                other = torch.randperm(len(y))
+                logits = forward(share * x + (1 - share) * x[other]).float()
                 loss = share * F.cross_entropy(logits, y) + (1 - share) * F.cross_entropy(logits, y[other])
             else:
-                logits = model(x).float()
+                logits = forward(x).float()
                 loss = F.cross_entropy(logits, y)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step / steps_per_epoch)
         optimizer.zero_grad()
         loss.backward()
+        for weight, mask in zip(weights, masks, strict=bool(masks)):
+            if weight.grad is not None:
+                weight.grad.mul_(mask)   # so that a weight left out stays 0, and so does its momentum
         optimizer.step()
+        if args.prox:
+            soft_threshold_(weights, optimizer.param_groups[0]["lr"] * args.prox)
         policy.step()
         step += 1
-        losses.append(loss.detach())
+        loss = loss.detach()
+        if parallel:   # the mean of the processes
+            torch.distributed.all_reduce(loss)
+            loss /= common.PROCESSES
+        losses.append(loss)
         progress.update()
 
         symmetry.watch(step)
         last_of_epoch = step % steps_per_epoch == 0
         if step <= STEPS_WATCHED or last_of_epoch:
-            row = {"arm": order, "seed": seed, "step": step, "epoch": step / steps_per_epoch,
+            row = {"arm": name, "seed": seed, "step": step, "epoch": step / steps_per_epoch,
                    "lr": optimizer.param_groups[0]["lr"]}
             symmetry.measure(row)
             if step <= STEPS_WATCHED:
@@ -434,26 +649,89 @@ def train(args, order, seed, data, state, save, progress):
                 row["epoch_train_loss"] = sum(map(float, losses)) / len(losses)
                 tested = evaluate(model, test_images, test_labels, normalise, autocast)
                 row["test_loss"], row["test_accuracy"] = tested
+                row["nonzero"] = share_not_zero(weights)
                 losses.clear()
                 progress.set_postfix(test=f"{row['test_accuracy']:.1f} %", refresh=False)
             rows.append(row)
-            if not math.isfinite(row.get("epoch_train_loss", row.get("train_loss", 0.0))):
-                symmetry.flush()
-                raise Diverged(f"the loss of arm {order}, seed {seed} is not finite at step {step}", rows)
-        if last_of_epoch or time.perf_counter() - saved > SAVE_SECONDS:
-            save(snapshot())
+            diverged = not math.isfinite(row.get("epoch_train_loss", row.get("train_loss", 0.0)))
+        if (last_of_epoch or time.perf_counter() - saved > SAVE_SECONDS) and (first or not parallel):
+            save()
             saved = time.perf_counter()
+    progress.close()
     symmetry.flush()
     seconds += time.perf_counter() - started
+    save_weights(out / f"{run}.pt")
     bits = hashlib.sha256()
     for tensor in model.state_dict().values():
         bits.update(tensor.cpu().contiguous().numpy().tobytes())
-    last = rows[-1]
-    return {"order": order, "splits": args.splits, "scope": args.order_scope, "dropout": args.dropout,
-            "init": args.init, "seed": seed, "dataset": args.dataset, "epochs": args.epochs, "steps": step,
-            "test_accuracy": last["test_accuracy"], "train_loss": last["epoch_train_loss"],
-            "symmetry": symmetry.summary(), "weights_sha256": bits.hexdigest(), "wall_seconds": round(seconds, 2),
-            "images_per_second": round(step * batch / seconds, 1)}, rows, model.state_dict()
+    tested = [row for row in rows if "test_accuracy" in row][-1]
+    summary = {"arm": name, "order": args.order, "splits": args.splits, "scope": args.order_scope,
+               "dropout": args.dropout, "init": args.init, "seed": seed, "dataset": args.dataset, "epochs": args.epochs,
+               "steps": step, "test_accuracy": tested["test_accuracy"], "train_loss": tested.get("epoch_train_loss"),
+               "diverged": diverged, "nonzero": tested["nonzero"], "symmetry": symmetry.summary(),
+               "weights_sha256": bits.hexdigest(), "wall_seconds": round(seconds, 2),
+               "images_per_second": round(step * batch / seconds, 1)}
+    return {"summary": summary, "rows": rows}
+
+
+# --------------------------------------------------------------------------------------------------------- the studies
+
+# Constant parts, dropout, order, the paper's test accuracy [%] on CIFAR-10: Table 1, its footnote, and ours.
+TABLE_1 = (("", 0.01, "fixed", 95.2), ("ab", 0.15, "fixed", 95.5), ("abc", 0.1, "fixed", 95.3),
+           ("abc", 0.01, "fixed", 95.3), ("abc", 0.0, "fixed", 95.0), ("abcd", 0.1, "fixed", 95.2),
+           ("abcd", 0.01, "fixed", 95.3), ("abcd", 0.0, "fixed", 10.0), ("abcd", 0.0, "atomic", "as a random start"),
+           ("abcd", 0.0, "shuffled", None))
+LEAKYNETS = ("h_hhhh_hhhh_hhhh", "i_iiii_iiii_iiii", "1_iiii_iiii_iiii", "1_iiii_11ii_iiii", "1_iiii_1111_iiii",
+             "1_ii11_ii11_ii11", "1_1111_1111_1111")   # the authors' seven
+STARTS = {"constnet": "abcd", "standard": ""}
+
+
+def arms(args, argv):
+    """{name: its arguments} of a plain run (every --order and --prox) or of a study."""
+    def arm(args=args, **other):
+        own = {"order": args.order[0], "prox": args.prox[0], "mask": None}
+        return argparse.Namespace(**{**vars(args), **own, **other})
+
+    if args.table1:
+        return {f"row{number}": arm(init=init, dropout=dropout, order=order)
+                for number, (init, dropout, order, _) in enumerate(TABLE_1, start=1)}
+    if args.leakynet_study:
+        return {letters: arm(arch="leakynet", layer_init=letters) for letters in LEAKYNETS}
+    if args.figure2:   # with the defaults of each data set
+        return {f"{dataset}-{start}": arm(parse_arguments(argv, ["--dataset", dataset]), init=init, dropout=0.01)
+                for dataset in args.figure2 for start, init in STARTS.items()}
+    if args.signal:
+        return {"standard": arm(init="", layer_init="h" * (args.blocks + 1)),
+                (args.layer_init if args.arch == "leakynet" else args.init): arm()}
+    if args.prune:
+        dense = {start: arm(init=init) for start, init in STARTS.items()}
+        return dense | {f"{start}-{mask}-{keep:g}": arm(init=init, dense=start, mask=mask, keep=keep)
+                        for start, init in STARTS.items() for mask in ("largest", "random") for keep in args.prune}
+    return {order + (f"-prox{prox:g}" if len(args.prox) > 1 else ""): arm(order=order, prox=prox)
+            for order in args.order for prox in args.prox}
+
+
+def signal_propagation(args, name, seed, data):
+    """Rows of signal.csv: for every layer's output its mean square over a batch of training images, and the squared
+    length of the gradient there of a random linear form of the pooled features, per image (the loss has none where the
+    head starts at 0)."""
+    torch.manual_seed(draw(seed, 0, "weights"))
+    model, seen = make_network(args, data[0].shape[1], data[4]).to(data[0].device), {}
+    blocks = {f"stages.{s}.{b}": block for s, stage in enumerate(model.stages) for b, block in enumerate(stage)}
+
+    def keep(layer, module, given, output):
+        seen[layer] = output
+
+    for layer, module in {"stem": model.stem, **blocks}.items():
+        module.register_forward_hook(functools.partial(keep, layer))
+    model.head.register_forward_pre_hook(lambda _, given: seen.update(pooled=given[0]))
+    model(normaliser(data[0])(data[0][:args.batch_size]))
+    for output in seen.values():
+        output.retain_grad()
+    seen["pooled"].backward(torch.randn_like(seen["pooled"]))
+    return [{"arm": name, "seed": seed, "layer": layer, "activation": float(output.detach().square().mean()),
+             "gradient": float(output.grad.square().sum() / len(output))}
+            for layer, output in seen.items() if layer != "pooled"]
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -461,27 +739,66 @@ def train(args, order, seed, data, state, save, progress):
 
 def print_table(summary):
     """One line per arm, then the distinct filters of every layer."""
-    print(f"\n{'order':<10}{'seed':>5}{'test accuracy':>15}{'train loss':>12}{'channels differ from':>26}"
-          f"{'seconds':>9}")
+    wide = max(10, *(len(arm["arm"]) + 1 for arm in summary))
+    print(f"\n{'arm':<{wide}}{'seed':>5}{'test accuracy':>15}{'train loss':>12}{'not zero':>10}"
+          f"{'channels differ from':>22}{'seconds':>9}")
     for arm in summary:
         broken = "never" if arm["symmetry"]["kept"] else f"step {arm['symmetry']['first_broken_step']}"
-        print(f"{arm['order']:<10}{arm['seed']:>5}{arm['test_accuracy']:>13.1f} %{arm['train_loss']:>12.3f}{broken:>26}"
-              f"{arm['wall_seconds']:>9.1f}")
-    print(f"\n{'distinct filters':<24}" + "".join(f"{arm['order']:>10}" for arm in summary))
-    for layer in summary[0]["symmetry"]["distinct_filters"]:
-        print(f"{layer:<24}" + "".join(f"{arm['symmetry']['distinct_filters'][layer]:>10}" for arm in summary))
+        loss = "diverged" if arm["diverged"] else f"{arm['train_loss']:.3f}"
+        print(f"{arm['arm']:<{wide}}{arm['seed']:>5}{arm['test_accuracy']:>13.1f} %{loss:>12}{arm['nonzero']:>8.1f} %"
+              f"{broken:>22}{arm['wall_seconds']:>9.1f}")
+    if len(summary) <= 6:
+        print(f"\n{'distinct filters':<24}" + "".join(f"{arm['arm']:>{wide}}" for arm in summary))
+        for layer in summary[0]["symmetry"]["distinct_filters"]:
+            print(f"{layer:<24}" + "".join(f"{arm['symmetry']['distinct_filters'].get(layer, ''):>{wide}}"
+                                           for arm in summary))
+
+
+def mean_and_interval(values):
+    """Mean and half of its 95 % interval (Student's t), which one value does not have."""
+    values = torch.tensor(values, dtype=torch.float64)
+    t = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]   # 97.5 % quantiles for 1, 2, ... degrees of freedom
+    n = len(values)
+    return float(values.mean()), float(values.std()) / math.sqrt(n) * t[min(n - 2, 8)] if n > 1 else None
+
+
+def write_table_1(summary, directory):
+    """table1.md: the paper's table with our numbers beside its own."""
+    lines = ["| row | drop rate | a | b | c | d | order | paper, CIFAR-10 | ours, " + summary[0]["dataset"] +
+             " [%] | channels differ from step | distinct filters of the least diverse layer |", "|---" * 11 + "|"]
+    for number, (init, dropout, order, paper) in enumerate(TABLE_1, start=1):
+        mine = [arm for arm in summary if arm["arm"] == f"row{number}"]
+        if mine:
+            mean, half = mean_and_interval([arm["test_accuracy"] for arm in mine])
+            steps = sorted({-1 if arm["symmetry"]["kept"] else arm["symmetry"]["first_broken_step"] for arm in mine})
+            least = [min(arm["symmetry"]["distinct_filters"].values()) for arm in mine]
+            lines.append(f"| {number} | {dropout:g} | " + " | ".join("✓" if part in init else "✗" for part in "abcd") +
+                         f" | {order} | {'(ours)' if paper is None else paper} | {mean:.1f}" +
+                         (f" ± {half:.1f}" if half is not None else "") + " | " +
+                         ", ".join("never" if step < 0 else str(step) for step in steps) +
+                         f" | {min(least)}{f' to {max(least)}' if max(least) > min(least) else ''} |")
+    lines += ["", f"{len({arm['seed'] for arm in summary})} seeds, {summary[0]['epochs']} epochs; mean and 95 % "
+              "interval over the seeds. The paper does not say how the additions of rows 1 to 7 were ordered; here they"
+              " are fixed."]
+    common.save_atomically(directory / "table1.md", lambda path: path.write_text("\n".join(lines) + "\n"))
+    print("\n" + "\n".join(lines))
+
+
+def save_figure(figure, path):
+    common.save_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    common.plot_style().close(figure)
 
 
 def draw_figure(rows, summary, path):
     """Test accuracy, spread of the widest-spread layer, and distinct filters by layer at the end."""
     plt = common.plot_style()
     figure, (accuracy, spread, filters) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    arms = list(dict.fromkeys(arm["order"] for arm in summary))
+    arms = list(dict.fromkeys(arm["arm"] for arm in summary))
     for number, arm in enumerate(summary):
-        mine = [row for row in rows if row["arm"] == arm["order"] and int(row["seed"]) == arm["seed"]]
-        which = arms.index(arm["order"])
-        style = {"color": f"C{which}", "linestyle": ("-", "--", ":", "-.")[which],
-                 "label": arm["order"] if arm["order"] not in [other["order"] for other in summary[:number]] else None}
+        mine = [row for row in rows if row["arm"] == arm["arm"] and int(row["seed"]) == arm["seed"]]
+        which = arms.index(arm["arm"])
+        style = {"color": f"C{which % 10}", "linestyle": ("-", "--", ":", "-.")[which % 4],
+                 "label": arm["arm"] if arm["arm"] not in [other["arm"] for other in summary[:number]] else None}
         tested = [row for row in mine if row["test_accuracy"]]
         accuracy.plot([int(row["step"]) for row in tested], [float(row["test_accuracy"]) for row in tested], marker=".",
                       **style)
@@ -493,17 +810,90 @@ def draw_figure(rows, summary, path):
         spread.text(0.5, 0.5, "no channel ever differed", transform=spread.transAxes, ha="center")
     else:
         spread.set_yscale("log")
-    accuracy.set(xlabel="step", ylabel="test accuracy [%]", ylim=(0, 100),
-                 title=f"{summary[0]['dataset']}, constant parts: {summary[0]['init'] or 'none'}, "
-                       f"dropout {summary[0]['dropout']:g}")
+    parts = {arm["init"] or "none" for arm in summary}
+    title = ", ".join(dict.fromkeys(arm["dataset"] for arm in summary))
+    if len(parts) == 1:
+        title += f", constant parts: {min(parts)}, dropout {summary[0]['dropout']:g}"
+    accuracy.set(xlabel="step", ylabel="test accuracy [%]", ylim=(0, 100), title=title)
     spread.set(xlabel="step", title="spread of a layer's filters, |W - mean| / |W|, largest")
     filters.set(title="distinct filters at the end", xticks=range(len(layers)))
     filters.set_yscale("log", base=2)
     filters.yaxis.set_major_formatter("{x:.0f}")
     filters.set_xticklabels([layer.replace("stages.", "") for layer in layers], rotation=90, fontsize=6)
-    accuracy.legend()
-    common.save_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
-    plt.close(figure)
+    accuracy.legend(fontsize=6 if len(arms) > 4 else None)
+    save_figure(figure, path)
+
+
+def by_seed(rows, x, y):
+    """[x values], [mean of y], [lowest], [highest] over the seeds, of the rows that have a y."""
+    found = {}
+    for row in rows:
+        if row[y]:
+            found.setdefault(float(row[x]), []).append(float(row[y]))
+    return [sorted(found), *([f(found[key]) for key in sorted(found)] for f in (lambda v: sum(v) / len(v), min, max))]
+
+
+def draw_figure_2(rows, datasets, path):
+    """Figure 2: test accuracy over epochs, mean and range of the seeds."""
+    figure, axes = common.plot_style().subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, dataset in zip(axes, datasets, strict=True):
+        for which, (start, label) in enumerate((("constnet", "Constnet"), ("standard", "standard initialisation"))):
+            x, mean, low, high = by_seed([row for row in rows if row["arm"] == f"{dataset}-{start}"], "epoch",
+                                         "test_accuracy")
+            axis.plot(x, mean, color=f"C{which}", label=label)
+            axis.fill_between(x, low, high, color=f"C{which}", alpha=0.2)
+        axis.set(xlabel="epoch", ylabel="test accuracy [%]", title=dataset)
+    axes[0].legend()
+    save_figure(figure, path)
+
+
+def draw_pruned(summary, path):
+    """Test accuracy over the share of weights kept, for both starts and both masks; all weights at 100 %."""
+    figure, axis = common.plot_style().subplots(figsize=(5.5, 3.8), layout="constrained")
+    for which, start in enumerate(STARTS):
+        for kind, line in (("largest", "-"), ("random", "--")):
+            points = [{"keep": 100, "accuracy": arm["test_accuracy"]} for arm in summary if arm["arm"] == start]
+            points += [{"keep": 100 * float(arm["arm"].rsplit("-", 1)[1]), "accuracy": arm["test_accuracy"]}
+                       for arm in summary if arm["arm"].startswith(f"{start}-{kind}-")]
+            x, mean, low, high = by_seed(points, "keep", "accuracy")
+            axis.plot(x, mean, line, color=f"C{which}", marker=".", label=f"{start}, {kind} weights kept")
+            axis.fill_between(x, low, high, color=f"C{which}", alpha=0.12)
+    axis.set(xscale="log", xlabel="weights kept in every convolution [%]", ylabel="test accuracy [%]")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.legend(fontsize=7)
+    save_figure(figure, path)
+
+
+def draw_sparse(rows, path):
+    """--prox: test accuracy, and the share of weights of convolutions that are not zero, over the epochs."""
+    figure, axes = common.plot_style().subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for which, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
+        for axis, key in zip(axes, ("test_accuracy", "nonzero"), strict=True):
+            x, mean, low, high = by_seed([row for row in rows if row["arm"] == arm], "epoch", key)
+            axis.plot(x, mean, color=f"C{which % 10}", label=arm, marker=".")
+            axis.fill_between(x, low, high, color=f"C{which % 10}", alpha=0.15)
+    axes[0].set(xlabel="epoch", ylabel="test accuracy [%]")
+    axes[1].set(xlabel="epoch", ylabel="weights of convolutions that are not 0 [%]")
+    axes[1].legend()
+    save_figure(figure, path)
+
+
+def draw_signal(rows, path):
+    """Signal propagation: mean squares by layer, mean and range of the seeds."""
+    figure, axes = common.plot_style().subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    for which, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
+        for axis, key in zip(axes, ("activation", "gradient"), strict=True):
+            mine = [{**row, "place": layers.index(row["layer"])} for row in rows if row["arm"] == arm]
+            x, mean, low, high = by_seed(mine, "place", key)
+            axis.plot(x, mean, color=f"C{which}", marker=".", label=arm)
+            axis.fill_between(x, low, high, color=f"C{which}", alpha=0.15)
+    for axis, title in zip(axes, ("mean square of the output", "squared gradient of a random form of the features"),
+                           strict=True):
+        axis.set(yscale="log", title=title, xticks=range(len(layers)))
+        axis.set_xticklabels([layer.replace("stages.", "") for layer in layers], rotation=90, fontsize=7)
+    axes[0].legend()
+    save_figure(figure, path)
 
 
 def log_to_tensorboard(directory, rows):
@@ -516,76 +906,100 @@ def log_to_tensorboard(directory, rows):
                     board.add_scalar(f"{key}/{row['arm']}/seed{row['seed']}", value, row["step"])
 
 
+def read_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def report(directory):
-    """Figure and table of a run from its files, so that they can be had again at any time."""
+    """Figures and tables of a run from its files, so that they can be had again at any time."""
     directory = pathlib.Path(directory)
     try:
+        arguments = argparse.Namespace(**json.loads((directory / "config.json").read_text())["arguments"])
+        if arguments.signal:
+            return draw_signal(read_rows(directory / "signal.csv"), directory / "signal.png")
         summary = json.loads((directory / "summary.json").read_text())
-        with open(directory / "metrics.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError) as error:
+        rows = read_rows(directory / "metrics.csv")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         common.fail(f"argument --plot-only: {directory} holds no finished run ({error})")
     draw_figure(rows, summary, directory / "constnet.png")
     print_table(summary)
+    if arguments.table1:
+        write_table_1(summary, directory)
+    if arguments.figure2:
+        draw_figure_2(rows, arguments.figure2, directory / "figure2.png")
+    if arguments.prune:
+        draw_pruned(summary, directory / "prune.png")
+    if arguments.prox != [0.0]:
+        draw_sparse(rows, directory / "prox.png")
+    return None
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
     if args.plot_only:
         return report(args.plot_only)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    *tensors, classes = common.load_data(args.dataset, args.data_dir, args.image_size)
-    data = [tensor.to(args.device) for tensor in tensors] + [classes]
-    if len(data[1]) < args.batch_size:
-        common.fail(f"argument --batch-size: {args.batch_size} is more than the {len(data[1])} training images")
-    try:   # what does not fit the model is found before anything is written
-        probe = Constnet(data[0].shape[1], classes, args.blocks, args.widen)
-        ordered_reduce.convert(probe, layers=args.order_layers)
-    except ValueError as error:
-        common.fail(f"argument --order-layers: {error}")
 
-    out = common.start_run(args, f"runs/constnet/{args.dataset}")
-    done = {"summary": [], "rows": [], "running": None}
-    if args.resume and (out / "checkpoint.pt").exists():
-        done = common.load_checkpoint(out / "checkpoint.pt", "--resume")
-    logged = len(done["rows"]) + len(done["running"]["rows"] if done["running"] else [])
+    @functools.cache
+    def load(dataset):
+        *tensors, classes = common.load_data(dataset, args.data_dir, args.image_size)
+        return [tensor.to(args.device) for tensor in tensors] + [classes]
 
-    def save(running):
-        done["running"] = running
-        common.save_atomically(out / "checkpoint.pt", lambda path: torch.save(done, path))
-        rows = done["rows"] + (running["rows"] if running else [])
-        common.write_csv(out / "metrics.csv", rows)
-        if args.tensorboard:
-            nonlocal logged
-            log_to_tensorboard(out / "tensorboard", rows[logged:])
-            logged = len(rows)
+    todo = arms(args, argv)
+    for arm in todo.values():   # what does not fit the data or the model is found before anything is written
+        images, labels, *_, classes = load(arm.dataset)
+        if len(labels) < arm.batch_size:
+            common.fail(f"argument --batch-size: {arm.batch_size} is more than the {len(labels)} training images")
+        try:
+            model = make_network(arm, images.shape[1], classes)
+            ordered_reduce.convert(model, layers=arm.order_layers)
+        except ValueError as error:
+            common.fail(f"argument --order-layers: {error}")
+        names = [name for name, _ in model.named_parameters()]
+        for pattern in args.freeze:
+            common.need(fnmatch.filter(names, pattern), "--freeze", repr(pattern), f"a pattern of {', '.join(names)}")
 
-    runs = list(itertools.product(args.order, args.seed))
-    status = 0
+    study = study_of(args)
+    out = common.start_run(args, f"runs/constnet/{args.dataset}{study and '-' + study}")
     try:
-        with tqdm(total=len(runs) * args.epochs * (len(data[1]) // args.batch_size), unit="step", smoothing=0.05,
-                  disable=None) as progress:
-            progress.update(len(done["summary"]) * args.epochs * (len(data[1]) // args.batch_size))
-            for order, seed in runs[len(done["summary"]):]:
-                progress.set_description(f"{order}, seed {seed}")
-                summary, rows, weights = train(args, order, seed, data, done["running"], save, progress)
-                common.save_atomically(out / f"{order}-{seed}.pt", functools.partial(torch.save, weights))
-                done["summary"].append(summary)
-                done["rows"] += rows
-                save(None)
-                common.write_json(out / "summary.json", done["summary"])
-    except Diverged as error:
-        message, rows = error.args
-        common.write_csv(out / "metrics.csv", done["rows"] + rows)
-        print(f"constnet.py: diverged: {message}; try a smaller --lr (was {args.lr}); metrics so far: "
-              f"{out}/metrics.csv", file=sys.stderr)
-        status = 3
+        if args.signal:
+            found = common.work({f"{name}-{seed}": (arm, name, seed, load(arm.dataset))
+                                 for name, arm in todo.items() for seed in args.seed}, signal_propagation, out)
+        else:
+            found = {}
+            for masked in (False, True):   # what is pruned was trained before
+                found |= common.work({f"{name}-{seed}": (arm, name, seed, load(arm.dataset), out)
+                                      for name, arm in todo.items() for seed in args.seed if bool(arm.mask) == masked},
+                                     train, out, share=bool(study))
     except KeyboardInterrupt:
-        status = common.interrupted(out)
-    if done["summary"]:
+        return common.interrupted(out)
+    except torch.OutOfMemoryError:
+        common.fail(f"argument --batch-size, --widen: {args.batch_size} images at width {args.widen} do not fit in the "
+                    f"device's memory; try --batch-size {max(1, args.batch_size // 2)}, "
+                    f"--widen {max(1, args.widen // 2)} or --precision bf16")
+    if not common.first_process():
+        return 0
+    if args.signal:
+        common.write_csv(out / "signal.csv", [row for rows in found.values() for row in rows])
         report(out)
-        print(f"\n{out}/: constnet.png, metrics.csv, summary.json, config.json, checkpoint.pt, ORDER-SEED.pt (weights)")
-    return status
+        print(f"{out}/: signal.png, signal.csv, config.json")
+        return 0
+    summary = [run["summary"] for run in found.values()]
+    common.write_json(out / "summary.json", summary)
+    common.write_csv(out / "metrics.csv", [row for run in found.values() for row in run["rows"]])
+    for name in found:
+        for kind in (".csv", "-checkpoint.pt", "-rewind.pt"):
+            (out / (name + kind)).unlink(missing_ok=True)
+    report(out)
+    print(f"\n{out}/: metrics.csv, summary.json, config.json, ARM-SEED.pt (weights), "
+          + ", ".join(sorted(path.name for path in [*out.glob("*.png"), *out.glob("table1.md")])))
+    diverged = [f"{arm['arm']}, seed {arm['seed']}, at step {arm['steps']}" for arm in summary if arm["diverged"]]
+    if diverged:
+        print(f"constnet.py: diverged: the loss is not finite: {'; '.join(diverged)}; try a smaller --lr (was "
+              f"{args.lr}); metrics: {out}/metrics.csv", file=sys.stderr)
+    return 3 if diverged else 0
 
 
 if __name__ == "__main__":

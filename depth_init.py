@@ -507,7 +507,7 @@ def main(argv=None):
         done = common.work(pieces, train, out)
     except KeyboardInterrupt:
         return common.interrupted(out)
-    if done is None:
+    if not common.first_process():
         return 0
     rows, layers = ([row for found in done.values() for row in found[i]] for i in (0, 1))
     common.write_csv(out / "metrics.csv", rows)

@@ -445,7 +445,7 @@ def main(argv=None):
         done = common.work(pieces, piece, out, 1 if args.device.startswith("cuda") else torch.get_num_threads())
     except KeyboardInterrupt:
         return common.interrupted(out)
-    if done is None:
+    if not common.first_process():
         return 0
     common.write_csv(out / "metrics.csv", [row for rows in done.values() for row in rows])
     rows = read_rows(out / "metrics.csv")

@@ -505,7 +505,7 @@ def main(argv=None):
                                              [*finished(seed), *(row for row in rows if row["seed"] == seed)])
     except KeyboardInterrupt:
         return common.interrupted(out)
-    if not common.together():
+    if not common.first_process():
         return 0
     wanted = set(cells)
     rows = sorted((row for seed in range(args.seeds) for row in finished(seed) if cell_of(row) in wanted),

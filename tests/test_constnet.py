@@ -191,13 +191,16 @@ def test_kill_and_resume_ends_with_the_same_bits(tmp_path, run):
     arguments = ("--order", "fixed", "shuffled", "--epochs", 10, "--batch-size", 200, "--seed", 0, 1)
     assert run("constnet.py", *arguments, "--out", tmp_path / "whole").returncode == 0
     command = [sys.executable, str(ROOT / "constnet.py"), *map(str, arguments), "--out", str(tmp_path / "cut")]
-    saved = tmp_path / "cut" / "metrics.csv"
+
+    def saved():   # the newest file with a state of training
+        return max((path.stat().st_mtime_ns for path in (tmp_path / "cut").glob("*-checkpoint.pt")), default=0)
+
     for attempt in range(4):                              # three kills, each at a random moment after some progress
-        before = saved.stat().st_mtime_ns if saved.exists() else 0
+        before = saved()
         process = subprocess.Popen(command + ["--resume"] * (attempt > 0), stdout=subprocess.DEVNULL,
                                    stderr=subprocess.PIPE, text=True)
         if attempt < 3:
-            while process.poll() is None and not (saved.exists() and saved.stat().st_mtime_ns > before):
+            while process.poll() is None and saved() <= before:
                 time.sleep(0.01)
             time.sleep(random.uniform(0, 0.5))
             assert process.poll() is None, process.communicate()[1]
@@ -225,13 +228,13 @@ def test_interrupt_keeps_the_checkpoint(tmp_path, run):
     process = subprocess.Popen([sys.executable, str(ROOT / "constnet.py"), "--epochs", "400", "--out", str(tmp_path / "a")],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
-        if (tmp_path / "a" / "metrics.csv").exists():
+        if (tmp_path / "a" / "shuffled-0-checkpoint.pt").exists():
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
-    assert (tmp_path / "a" / "checkpoint.pt").exists()
+    assert (tmp_path / "a" / "shuffled-0-checkpoint.pt").exists()
 
 
 def test_divergence_keeps_the_metrics(tmp_path, run):
@@ -272,18 +275,24 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, argumen
 
 def test_another_configuration_and_broken_checkpoints_are_refused(tmp_path, run):
     assert run("constnet.py", *QUICK, "--out", tmp_path / "a").returncode == 0
-    files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+
+    def files():
+        return {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+
+    whole = files()
     again = run("constnet.py", *QUICK, "--out", tmp_path / "a")
     other = run("constnet.py", *QUICK, "--lr", 0.3, "--resume", "--out", tmp_path / "a")
-    (tmp_path / "a" / "checkpoint.pt").write_bytes(files["checkpoint.pt"][:5000])
-    truncated = run("constnet.py", *QUICK, "--resume", "--out", tmp_path / "a")
-    (tmp_path / "a" / "checkpoint.pt").write_bytes(files["checkpoint.pt"])
-    for done, named in ((again, "--out"), (other, "--lr 0.2"), (truncated, "checkpoint.pt")):
-        assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    same = files == {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
-    assert same
+    assert whole == files()
     done = run("constnet.py", *QUICK, "--resume", "--out", tmp_path / "a")     # nothing left to do: the same results
-    assert done.returncode == 0 and (tmp_path / "a" / "summary.json").read_bytes() == files["summary.json"]
+    assert done.returncode == 0 and whole == files()
+    (tmp_path / "a" / "done" / "shuffled-0.json").unlink()
+    (tmp_path / "a" / "shuffled-0-checkpoint.pt").write_bytes((tmp_path / "a" / "shuffled-0.pt").read_bytes()[:5000])
+    truncated = run("constnet.py", *QUICK, "--resume", "--out", tmp_path / "a")
+    (tmp_path / "a" / "shuffled-0-checkpoint.pt").unlink()
+    (tmp_path / "a" / "done" / "shuffled-0.json").write_text("{")
+    broken = run("constnet.py", *QUICK, "--resume", "--out", tmp_path / "a")
+    for done, named in ((again, "--out"), (other, "--lr 0.2"), (truncated, "checkpoint.pt"), (broken, "shuffled-0.json")):
+        assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def test_default_directories_are_numbered(tmp_path, run):
