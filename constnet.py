@@ -175,7 +175,8 @@ def check_arguments(args):
     need(set(args.init) <= set("abcd"), "--init", repr(args.init), "letters of a, b, c, d, or 'none'")
     need(args.blocks >= 3 and args.blocks % 3 == 0, "--blocks", args.blocks, "a positive multiple of 3")
     letters = args.layer_init.replace("_", "")
-    need(set(letters) <= set("hi1") and len(letters) == 1 + args.blocks, "--layer-init", repr(args.layer_init),
+    fits = set(letters) <= set("hi1") and len(letters) == 1 + args.blocks
+    need(fits or (args.arch == "constnet" and not args.leakynet_study), "--layer-init", repr(args.layer_init),
          f"{1 + args.blocks} letters of h, i, 1, one for the stem and one for each of --blocks {args.blocks}")
     common.at_least_1(args, "widen", "epochs", "batch_size")
     need(0 <= args.dropout < 1, "--dropout", args.dropout, "in [0, 1)")

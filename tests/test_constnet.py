@@ -243,6 +243,155 @@ def test_divergence_keeps_the_metrics(tmp_path, run):
     assert len((tmp_path / "a" / "metrics.csv").read_text().splitlines()) > 2
 
 
+# ------------------------------------------------------------------------------------------------ studies and options
+
+
+def parsed(*arguments):
+    return constnet.parse_arguments(list(map(str, arguments)))
+
+
+def test_fixup_block_is_its_formula():
+    model = network("", norm="fixup")
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    for number, parameter in enumerate(p for name, p in model.named_parameters() if name.endswith("value")):
+        parameter.data.fill_(0.1 * number + 0.5)
+    for block in (model.stages[0][0], model.stages[1][0]):
+        before, after, scale = (m.value.item() for m in (block.bn, *block.after))
+        x = torch.randn(2, block.conv.in_channels, 6, 6)
+        skip = x if block.shortcut is None else block.shortcut(x + before)
+        torch.testing.assert_close(block(x), skip + scale * (block.conv(torch.relu(x + before)) + after))
+
+
+def test_leakynet_pair_of_phases_is_the_identity_but_for_the_sign():
+    args = parsed("--arch", "leakynet", "--layer-init", "i_iiii_iiii_iiii")
+    model, x = constnet.make_network(args, 3, 10).eval(), torch.randn(2, 16, 6, 6)
+    pair = nn.Sequential(*model.stages[0][2:])   # two layers of one width; eval: batch norm is x / sqrt(1 + eps)
+    torch.testing.assert_close(pair(x), -x, rtol=1e-4, atol=1e-4)
+    assert [sum(isinstance(m, nn.BatchNorm2d) for m in block.modules()) for block in model.stages[1]] == [0, 1, 0, 1]
+    assert (model.head.weight == 0).all() and args.lr == 0.03
+
+
+@pytest.mark.parametrize("letter", "hi1")
+def test_leakynet_letters(letter):
+    weight = torch.empty(32, 16, 3, 3)
+    constnet.start_layer_(weight, letter, -100.0)
+    if letter == "h":
+        assert abs(weight.std().item() / (2 / 1.0001 / 144) ** 0.5 - 1) < 0.05
+    else:
+        expected = torch.zeros(32, 16, 3, 3)
+        for out in range(32):
+            expected[out, slice(None) if letter == "1" else out % 16, 1, 1] = -100 / (16 if letter == "1" else 1)
+        assert torch.equal(weight, expected)
+
+
+def test_cutout():
+    torch.manual_seed(0)
+    zeros = (constnet.cutout(torch.ones(2000, 2, 8, 10), 3) == 0)
+    assert torch.equal(zeros[:, 0], zeros[:, 1])
+    area = zeros[:, 0].sum((1, 2))
+    assert area.max() == 9 and area.min() == 4      # a corner keeps 2 x 2 of the 3 x 3
+    inside = zeros[:, 0].double().mean(0)
+    assert (inside[1:-1, 1:-1] - 9 / 80).abs().max() < 5 * (9 / 80 / 2000) ** 0.5
+
+
+def test_proximal_step_and_masks():
+    weight = torch.tensor([-2.0, -0.3, 0.0, 0.2, 1.0])
+    constnet.soft_threshold_([weight], 0.5)
+    torch.testing.assert_close(weight, torch.tensor([-1.5, 0.0, 0.0, 0.0, 0.5]))
+    assert constnet.share_not_zero([weight, torch.zeros(5)]) == 20
+    weights = [torch.randn(10, 4, 3, 3), torch.randn(10, 4, 1, 1)]
+    for weight, mask in zip(weights, constnet.masks_of(weights, "largest", 0.25), strict=True):
+        assert mask.sum() == weight.numel() // 4
+        assert weight[mask == 1].abs().min() >= weight[mask == 0].abs().max()
+    torch.manual_seed(1)
+    one, other = (constnet.masks_of(weights, "random", 0.25)[0] for _ in range(2))
+    assert one.sum() == 90 and not torch.equal(one, other)
+
+
+def test_signal_of_constnet_is_the_same_throughout_a_stage():
+    data = [torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8), None, None, None, 10]
+    rows = constnet.signal_propagation(parsed("--init", "abcd"), "abcd", 0, data)
+    for stage in ("0", "1", "2"):
+        mine = [row for row in rows if row["layer"].startswith(f"stages.{stage}")]
+        assert len(mine) == 4
+        for key in ("activation", "gradient"):
+            assert len({round(row[key] / mine[0][key], 5) for row in mine}) == 1 and mine[0][key] > 0
+
+
+def test_table_1_sets_every_row():
+    rows = constnet.arms(parsed("--table1"), ["--table1"])
+    paper = ["0.01", "0.15 ab", "0.1 abc", "0.01 abc", "0 abc", "0.1 abcd", "0.01 abcd", "0 abcd", "0 abcd", "0 abcd"]
+    assert [f"{arm.dropout:g} {arm.init}".strip() for arm in rows.values()] == paper
+    assert [arm.order for arm in rows.values()] == ["fixed"] * 8 + ["atomic", "shuffled"]
+
+
+def test_a_study_is_shared_out_and_writes_its_table(tmp_path, run):
+    arguments = (*QUICK, "--table1", "--blocks", 3)
+    for name, processes in (("one", 1), ("two", 2)):
+        done = run("constnet.py", *arguments, "--out", tmp_path / name, processes=processes)
+        assert done.returncode == 0, done.stderr
+    table = (tmp_path / "one" / "table1.md").read_text()
+    assert sum(line.startswith(f"| {n} |") for n in range(1, 11) for line in table.splitlines()) == 10
+    assert "| 8 | 0 | ✓ | ✓ | ✓ | ✓ | fixed | 10.0 |" in table and "| never | 1 |" in table
+    hashes = [[arm["weights_sha256"] for arm in results(tmp_path / name) if arm["order"] != "atomic"] for name in ("one", "two")]
+    assert hashes[0] == hashes[1] and len(hashes[0]) == 9
+
+
+def test_pruned_weights_stay_zero_and_the_rest_starts_as_before(tmp_path, run):
+    done = run("constnet.py", *QUICK, "--order", "fixed", "--prune", 0.2, "--rewind", 3, "--out", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    found = {arm["arm"]: arm for arm in results(tmp_path / "a")}
+    assert list(found) == ["constnet", "standard", "constnet-largest-0.2", "constnet-random-0.2", "standard-largest-0.2",
+                           "standard-random-0.2"]
+    weights = {name: torch.load(tmp_path / "a" / f"{name}-0.pt", weights_only=True) for name in found}
+    name = "stages.1.2.conv.weight"
+    kept = weights["standard-largest-0.2"][name] != 0
+    dense = weights["standard"][name].abs()
+    assert kept.sum() == round(0.2 * kept.numel()) and dense[kept].min() >= dense[~kept].max()
+    assert found["standard-random-0.2"]["nonzero"] == pytest.approx(20, abs=0.1) and (tmp_path / "a" / "prune.png").exists()
+    with open(tmp_path / "a" / "metrics.csv", newline="") as file:
+        assert min(int(row["step"]) for row in csv.DictReader(file) if row["arm"] == "standard-random-0.2") == 3
+
+
+def test_prox_makes_arms_that_are_sparse(tmp_path, run):
+    done = run("constnet.py", *QUICK, "--order", "fixed", "--init", "none", "--prox", 0, 0.3, "--out", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    dense, sparse = results(tmp_path / "a")
+    assert dense["arm"] == "fixed-prox0" and dense["nonzero"] == 100 and 0 < sparse["nonzero"] < 90
+    assert (tmp_path / "a" / "prox.png").exists()
+
+
+def test_frozen_parameters_stay(tmp_path, run):
+    done = run("constnet.py", *QUICK, "--freeze", "stem.*", "*.shortcut.*", "--nesterov", "--cutout", 2, "--out", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    trained, start = torch.load(tmp_path / "a" / "shuffled-0.pt", weights_only=True), network(channels=1).state_dict()
+    changed = {name for name in start if not torch.equal(start[name], trained[name])}
+    assert "stages.1.1.conv.weight" in changed
+    assert {"stem.weight", "stages.1.0.shortcut.weight"} <= start.keys() - changed
+
+
+def test_figure_2_has_both_starts_on_both_data_sets(tmp_path, run):
+    done = run("constnet.py", *QUICK, "--blocks", 3, "--figure2", "digits", "digits", "--out", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    assert [arm["arm"] for arm in results(tmp_path / "a")] == ["digits-constnet", "digits-standard"]
+    assert (tmp_path / "a" / "figure2.png").exists()
+
+
+def test_two_processes_train_as_one(tmp_path, run):
+    """Without batch norm the mean of two halves' gradients is the whole batch's: the same training but for rounding."""
+    arguments = (*QUICK, "--order", "fixed", "--init", "ab", "--norm", "fixup", "--lr", 0.05)
+    for name, processes in (("one", 1), ("two", 2)):
+        done = run("constnet.py", *arguments, "--out", tmp_path / name, processes=processes)
+        assert done.returncode == 0, done.stderr
+    (one,), (two,) = results(tmp_path / "one"), results(tmp_path / "two")
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert one.keys() == two.keys() and one["steps"] == two["steps"] == 7
+    assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-3)
+    weights = [torch.load(tmp_path / name / "fixed-0.pt", weights_only=True) for name in ("one", "two")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-2, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------------ failing well
 
 BAD = [
@@ -257,7 +406,11 @@ BAD = [
     (("--dataset", "mnist", "--data-dir", "/proc/nowhere"), "--data-dir.*mnist.*/proc/nowhere"),
     (("--dataset", "imagefolder", "--data-dir", "/nowhere"), "--data-dir.*/nowhere/train"),
     (("--out", "/proc/nowhere"), "--out.*/proc/nowhere"), (("--plot-only", "/nowhere"), "--plot-only.*/nowhere"),
-    (("--resume", "--out", "/nowhere"), "--resume.*/nowhere"),
+    (("--resume", "--out", "/nowhere"), "--resume.*/nowhere"), (("--arch", "leakynet", "--layer-init", "1_ii"), "--layer-init.*13 letters"),
+    (("--prune", 0), "--prune"), (("--rewind", 3), "--rewind.*--prune"), (("--prox", 1, 1), "--prox.*different"),
+    (("--prox", -1), "--prox"), (("--cutout", -1), "--cutout"), (("--figure2", "digits", "x"), "--figure2.*x"),
+    (("--freeze", "conv9"), "--freeze.*conv9.*stem.weight"), (("--table1", "--signal"), "--signal.*--table1"),
+    (("--momentum", 0, "--nesterov"), "--momentum.*--nesterov"),
 ]
 
 
