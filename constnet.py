@@ -118,6 +118,11 @@ def parse_arguments(argv, more=()):
                      help="of convolutions and products: fp32; tf32 (CUDA); bf16 (autocast). Weights are float32; "
                           "default: fp32")
 
+    how.add_argument("--shards", type=int, default=0, metavar="S",
+                     help="cut every batch into S parts with batch norms of their own and add their gradients in "
+                          "fixed order: the same bits on 1, 2, ... S processes; default: 0, off (torchrun then "
+                          "averages in the order of its library)")
+
     order = parser.add_argument_group("the order of additions in the weight gradients")
     order.add_argument("--order", nargs="+", default=["shuffled"], metavar="ORDER",
                        help="one or several arms that differ in nothing else: fixed (index order), shuffled (drawn "
@@ -192,13 +197,13 @@ def check_arguments(args):
         value = getattr(args, name)
         need(all(math.isfinite(v) and v >= 0 for v in (value if name == "prox" else [value])), f"--{name}", value,
              "finite and at least 0")
-    share, together = args.batch_size, common.PROCESSES > 1 and not study_of(args)
-    if together:
-        share = args.batch_size // common.PROCESSES
-        need(args.batch_size % common.PROCESSES == 0, "--batch-size", args.batch_size,
-             f"a multiple of the {common.PROCESSES} processes")
-    need(1 <= args.splits <= share, "--splits", args.splits,
-         f"from 1 to the batch size, {share}: a group needs a sample")
+    processes = 1 if study_of(args) else common.PROCESSES
+    need(args.shards >= 0 and args.shards % processes == 0, "--shards", args.shards,
+         f"0 or a multiple of the {processes} processes")
+    parts = args.shards or processes
+    need(args.batch_size % parts == 0, "--batch-size", args.batch_size, f"a multiple of {parts}, its parts")
+    need(1 <= args.splits <= args.batch_size // parts, "--splits", args.splits,
+         f"from 1 to the batch size, {args.batch_size // parts}: a group needs a sample")
     if args.order_steps is not None:
         need(0 <= args.order_steps[0] < args.order_steps[1], "--order-steps", args.order_steps,
              "FIRST END with 0 <= FIRST < END: the window would be empty")
@@ -513,6 +518,33 @@ def masks_of(weights, kind, keep):
     return [method.compute_mask(weight, torch.ones_like(weight)) for weight in weights]
 
 
+def add_shards(model, add_gradient, shards, rank, processes):
+    """Sets the gradients to the mean over the shards of a batch, added in fixed order whatever the number of processes
+    that share them; returns the mean loss. Batch norm's running statistics are those of the first shard."""
+    parameters, found = [p for p in model.parameters() if p.requires_grad], []
+    each = len(shards) // processes
+    for number in range(rank * each, (rank + 1) * each):
+        for parameter in parameters:
+            parameter.grad = None
+        loss = add_gradient(shards[number], f"shard {number}")
+        found.append(torch.cat([loss.view(1), *(p.grad.flatten() for p in parameters)]))
+        if number == rank * each:
+            statistics = [buffer.clone() for buffer in model.buffers()]
+    found = torch.stack(found)
+    if processes > 1:
+        gathered = [torch.empty_like(found) for _ in range(processes)]
+        torch.distributed.all_gather(gathered, found)
+        found = torch.cat(gathered)
+    loss, *gradients = (ordered_reduce.sum(found, 0) / len(shards)).split([1, *(p.numel() for p in parameters)])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    for buffer, first in zip(model.buffers(), statistics, strict=True):
+        buffer.copy_(first)
+        if processes > 1:
+            torch.distributed.broadcast(buffer, 0)
+    return loss.view(())
+
+
 def train(args, name, seed, data, out):
     """One arm; args.order and args.prox are its own. Continues from its checkpoint in out where there is one.
 
@@ -520,10 +552,8 @@ def train(args, name, seed, data, out):
     out/NAME-SEED.pt. With several processes each takes its part of every batch (DistributedDataParallel).
     """
     images, labels, test_images, test_labels, classes = data
-    device, batch, run, first = images.device, args.batch_size, f"{name}-{seed}", common.RANK == 0
-    parallel = common.PROCESSES > 1 and not study_of(args)
-    part = slice(batch // common.PROCESSES * common.RANK, batch // common.PROCESSES * (common.RANK + 1)) if parallel \
-        else slice(batch)
+    device, batch, run = images.device, args.batch_size, f"{name}-{seed}"
+    rank, processes = (0, 1) if study_of(args) else (common.RANK, common.PROCESSES)   # a study's process works alone
     normalise = normaliser(images)
 
     torch.manual_seed(draw(seed, 0, "weights"))
@@ -575,7 +605,7 @@ def train(args, name, seed, data, out):
                      "test_accuracy": test_accuracy, "nonzero": share_not_zero(weights)})
         symmetry.measure(rows[-1])
     policy.load_state_dict({"step": step})
-    forward = nn.parallel.DistributedDataParallel(model) if parallel else model
+    forward = model if processes == 1 or args.shards else nn.parallel.DistributedDataParallel(model)
 
     def save():
         nonlocal logged
@@ -590,23 +620,13 @@ def train(args, name, seed, data, out):
             logged = len(rows)
 
     def save_weights(path):
-        if first or not parallel:
+        if rank == 0:
             common.save_atomically(path, lambda temporary: torch.save(model.state_dict(), temporary))
 
-    started = saved = time.perf_counter()
-    data_order, diverged = None, False
-    progress = tqdm(total=args.epochs * steps_per_epoch, initial=step, unit="step", smoothing=0.05, desc=run,
-                    leave=False, disable=None if first else True)
-    while step < args.epochs * steps_per_epoch and not diverged:
-        if args.prune and not args.mask and step == args.rewind:
-            save_weights(out / f"{run}-rewind.pt")
-        epoch, within = divmod(step, steps_per_epoch)
-        if within == 0 or data_order is None:
-            generator = torch.Generator().manual_seed(draw(seed, epoch, "data"))
-            data_order = torch.randperm(len(labels), generator=generator).to(device)
+    def add_gradient(chosen, purpose):
+        """Adds the gradient of the loss of these images to the parameters'; returns the loss."""
         if args.augment or args.mixup or args.dropout or args.cutout:
-            torch.manual_seed(draw(seed, step, f"step {common.RANK}" if parallel and not first else "step"))
-        chosen = data_order[within * batch:(within + 1) * batch][part]
+            torch.manual_seed(draw(seed, step, purpose))
         x, y = images[chosen], labels[chosen]
         x = normalise(augment(x) if args.augment else x)
         x = cutout(x, args.cutout) if args.cutout else x
@@ -619,10 +639,31 @@ def train(args, name, seed, data, out):
             else:
                 logits = forward(x).float()
                 loss = F.cross_entropy(logits, y)
+        loss.backward()
+        return loss.detach()
+
+    started = saved = time.perf_counter()
+    data_order, diverged = None, False
+    progress = tqdm(total=args.epochs * steps_per_epoch, initial=step, unit="step", smoothing=0.05, desc=run,
+                    leave=False, disable=None if common.RANK == 0 else True)
+    while step < args.epochs * steps_per_epoch and not diverged:
+        if args.prune and not args.mask and step == args.rewind:
+            save_weights(out / f"{run}-rewind.pt")
+        epoch, within = divmod(step, steps_per_epoch)
+        if within == 0 or data_order is None:
+            generator = torch.Generator().manual_seed(draw(seed, epoch, "data"))
+            data_order = torch.randperm(len(labels), generator=generator).to(device)
+        chosen = data_order[within * batch:(within + 1) * batch]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step / steps_per_epoch)
         optimizer.zero_grad()
-        loss.backward()
+        if args.shards:
+            loss = add_shards(model, add_gradient, chosen.split(batch // args.shards), rank, processes)
+        else:
+            loss = add_gradient(chosen.chunk(processes)[rank], f"step {rank}" if rank else "step")
+            if processes > 1:
+                torch.distributed.all_reduce(loss)
+                loss /= processes
         for weight, mask in zip(weights, masks, strict=bool(masks)):
             if weight.grad is not None:
                 weight.grad.mul_(mask)   # so that a weight left out stays 0, and so does its momentum
@@ -631,10 +672,6 @@ def train(args, name, seed, data, out):
             soft_threshold_(weights, optimizer.param_groups[0]["lr"] * args.prox)
         policy.step()
         step += 1
-        loss = loss.detach()
-        if parallel:   # the mean of the processes
-            torch.distributed.all_reduce(loss)
-            loss /= common.PROCESSES
         losses.append(loss)
         progress.update()
 
@@ -655,7 +692,7 @@ def train(args, name, seed, data, out):
                 progress.set_postfix(test=f"{row['test_accuracy']:.1f} %", refresh=False)
             rows.append(row)
             diverged = not math.isfinite(row.get("epoch_train_loss", row.get("train_loss", 0.0)))
-        if (last_of_epoch or time.perf_counter() - saved > SAVE_SECONDS) and (first or not parallel):
+        if (last_of_epoch or time.perf_counter() - saved > SAVE_SECONDS) and rank == 0:
             save()
             saved = time.perf_counter()
     progress.close()

@@ -392,6 +392,35 @@ def test_two_processes_train_as_one(tmp_path, run):
         torch.testing.assert_close(value, weights[1][name], rtol=1e-2, atol=1e-4)
 
 
+def test_shards_have_the_same_bits_on_any_number_of_processes(tmp_path, run):
+    arguments = (*QUICK, "--shards", 4, "--dropout", 0.1, "--augment", "--mixup", 1)
+    for processes in (1, 2, 4):
+        done = run("constnet.py", *arguments, "--out", tmp_path / str(processes), processes=processes,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    one, two, four = (results(tmp_path / str(processes))[0] for processes in (1, 2, 4))
+    assert one["weights_sha256"] == two["weights_sha256"] == four["weights_sha256"]
+    assert one["train_loss"] == two["train_loss"] == four["train_loss"]
+
+
+def test_shards_add_up_to_the_batch():
+    """The mean of the shards' gradients is the batch's, where no batch norm tells the shards apart."""
+    model, x = network("", channels=1, norm="fixup"), torch.randn(12, 1, 8, 8)
+    y = torch.randint(0, 10, (12,))
+
+    def add_gradient(chosen, purpose):
+        loss = nn.functional.cross_entropy(model(x[chosen]), y[chosen])
+        loss.backward()
+        return loss.detach()
+
+    whole = add_gradient(torch.arange(12), "")
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    loss = constnet.add_shards(model, add_gradient, torch.arange(12).split(3), 0, 1)
+    torch.testing.assert_close(loss, whole)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+
+
 # ------------------------------------------------------------------------------------------------------ failing well
 
 BAD = [
@@ -410,7 +439,8 @@ BAD = [
     (("--prune", 0), "--prune"), (("--rewind", 3), "--rewind.*--prune"), (("--prox", 1, 1), "--prox.*different"),
     (("--prox", -1), "--prox"), (("--cutout", -1), "--cutout"), (("--figure2", "digits", "x"), "--figure2.*x"),
     (("--freeze", "conv9"), "--freeze.*conv9.*stem.weight"), (("--table1", "--signal"), "--signal.*--table1"),
-    (("--momentum", 0, "--nesterov"), "--momentum.*--nesterov"),
+    (("--momentum", 0, "--nesterov"), "--momentum.*--nesterov"), (("--shards", 3), "--batch-size.*64.*3"),
+    (("--shards", 16), "--splits.*8.*4"),
 ]
 
 
