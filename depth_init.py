@@ -15,8 +15,8 @@ equations of the paper are missing from every copy we found; these are a reconst
 
 The initialiser serves any model: depth_scaled_init_(model, "he normal", "increasing", variance=22). All seeds of an arm
 train as one batched model; of several --lr each arm counts with the one of the lowest training loss. Every run writes
-config.json, metrics.csv (a row per arm, seed and epoch), layers.csv (the distributions per layer), summary.json,
-curves.png, layers.png, and done/ (every finished arm).
+config.json, metrics.csv (a row per arm, seed and epoch), layers.csv (the distributions per layer, at that rate),
+summary.json, curves.png, layers.png, and done/ (every finished arm).
 Exit status: 0 done, 2 bad input, 3 an arm diverged (its rows are kept), 130 interrupted (finished arms are kept).
 """
 
@@ -511,7 +511,7 @@ def main(argv=None):
         return 0
     rows, layers = ([row for found in done.values() for row in found[i]] for i in (0, 1))
     common.write_csv(out / "metrics.csv", rows)
-    common.write_csv(out / "layers.csv", layers)
+    common.write_csv(out / "layers.csv", at_best_rate(rows, layers)[1])
     common.write_json(out / "summary.json", summarise(rows))
     if args.tensorboard:
         log_to_tensorboard(out / "tensorboard", rows, layers)
