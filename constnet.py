@@ -118,6 +118,8 @@ def parse_arguments(argv, more=()):
                      help="of convolutions and products: fp32; tf32 (CUDA); bf16 (autocast). Weights are float32; "
                           "default: fp32")
 
+    how.add_argument("--compile", action="store_true",
+                     help="torch.compile the network: faster on a GPU after a minute or more; other bits than without")
     how.add_argument("--shards", type=int, default=0, metavar="S",
                      help="cut every batch into S parts with batch norms of their own and add their gradients in "
                           "fixed order: the same bits on 1, 2, ... S processes; default: 0, off (torchrun then "
@@ -378,6 +380,7 @@ class Symmetry:
         self.weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
         self.first_broken = dict.fromkeys(self.weights, -1)
         self.kept = []                                    # (row, weights) not measured yet
+        self.unsettled = []                               # (step, layers, whether each is broken) not looked at yet
         self.most_kept = max(1, min(16, (1 << 22) // sum(weight.numel() for weight in self.weights.values())))
         # Two filters are taken for equal where a random linear form of their bits agrees: wrong once in 2^32.
         longest = max(weight[0].numel() for weight in self.weights.values())
@@ -388,19 +391,32 @@ class Symmetry:
     @torch.no_grad()
     def watch(self, step):
         """Notes the layers whose filters have come apart after `step` steps; costs nothing once all have."""
-        for name, weight in self.weights.items():
-            if self.first_broken[name] < 0 and not torch.equal(weight, weight[:1].expand_as(weight)):
-                self.first_broken[name] = step
+        whole = [name for name, first in self.first_broken.items() if first < 0]
+        if whole:
+            apart = [(weight != weight[:1]).any() for weight in map(self.weights.get, whole)]
+            self.unsettled.append((step, whole, torch.stack(apart)))
+        if len(self.unsettled) == 32:
+            self.settle()
+
+    def settle(self):
+        for step, names, apart in self.unsettled:
+            for name, broken in zip(names, apart.tolist(), strict=True):
+                if broken and self.first_broken[name] < 0:
+                    self.first_broken[name] = step
+        self.unsettled.clear()
 
     @torch.no_grad()
     def measure(self, row):
-        """Adds {measure/layer: value} to the row, now or by the next `flush`."""
+        """Adds {measure/layer: value} to the row, and makes its tensors numbers, now or by the next `flush`."""
         self.kept.append((row, [weight.detach().clone() for weight in self.weights.values()]))
         if len(self.kept) == self.most_kept:
             self.flush()
 
     @torch.no_grad()
     def flush(self):
+        self.settle()
+        for row, _ in self.kept:
+            row.update({key: float(value) for key, value in row.items() if isinstance(value, torch.Tensor)})
         for number, name in enumerate(self.weights if self.kept else ()):
             weight = torch.stack([weights[number] for _, weights in self.kept])   # (steps, out, in, height, width)
             filters = weight.flatten(2)
@@ -606,6 +622,7 @@ def train(args, name, seed, data, out):
         symmetry.measure(rows[-1])
     policy.load_state_dict({"step": step})
     forward = model if processes == 1 or args.shards else nn.parallel.DistributedDataParallel(model)
+    forward = torch.compile(forward) if args.compile else forward
 
     def save():
         nonlocal logged
@@ -633,7 +650,7 @@ def train(args, name, seed, data, out):
         with autocast():
             if args.mixup:
                 share = float(torch.distributions.Beta(args.mixup, args.mixup).sample())
-                other = torch.randperm(len(y))
+                other = torch.randperm(len(y), device=device)
                 logits = forward(share * x + (1 - share) * x[other]).float()
                 loss = share * F.cross_entropy(logits, y) + (1 - share) * F.cross_entropy(logits, y[other])
             else:
@@ -680,9 +697,9 @@ def train(args, name, seed, data, out):
         if step <= STEPS_WATCHED or last_of_epoch:
             row = {"arm": name, "seed": seed, "step": step, "epoch": step / steps_per_epoch,
                    "lr": optimizer.param_groups[0]["lr"]}
-            symmetry.measure(row)
             if step <= STEPS_WATCHED:
-                row["train_loss"] = float(losses[-1])
+                row["train_loss"] = loss
+            symmetry.measure(row)
             if last_of_epoch:
                 row["epoch_train_loss"] = sum(map(float, losses)) / len(losses)
                 tested = evaluate(model, test_images, test_labels, normalise, autocast)
@@ -690,8 +707,8 @@ def train(args, name, seed, data, out):
                 row["nonzero"] = share_not_zero(weights)
                 losses.clear()
                 progress.set_postfix(test=f"{row['test_accuracy']:.1f} %", refresh=False)
+                diverged = not math.isfinite(row["epoch_train_loss"])
             rows.append(row)
-            diverged = not math.isfinite(row.get("epoch_train_loss", row.get("train_loss", 0.0)))
         if (last_of_epoch or time.perf_counter() - saved > SAVE_SECONDS) and rank == 0:
             save()
             saved = time.perf_counter()

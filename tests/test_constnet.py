@@ -90,6 +90,7 @@ def test_symmetry_measures():
     with torch.no_grad():
         model.stem.weight[3, 0, 0, 0] += 1
     symmetry.watch(5)
+    symmetry.watch(6)
     symmetry.measure(rows[1])
     symmetry.flush()
     name = "stages.0.0.conv"
