@@ -1007,6 +1007,8 @@ def main(argv=None):
         images, labels, *_, classes = load(arm.dataset)
         if len(labels) < arm.batch_size:
             common.fail(f"argument --batch-size: {arm.batch_size} is more than the {len(labels)} training images")
+        common.need(arm.rewind < arm.epochs * (len(labels) // arm.batch_size), "--rewind", arm.rewind,
+                    "less than the steps of a training")
         try:
             model = make_network(arm, images.shape[1], classes)
             ordered_reduce.convert(model, layers=arm.order_layers)
