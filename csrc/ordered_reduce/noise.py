@@ -47,7 +47,8 @@ def _perturb(grad, dtype, noise, ulps, flips, bit, *key):
         radius, angle = (-2 * u[0].log()).sqrt(), 2 * math.pi * u[1]   # Box and Muller, 1958
         normal = torch.cat([radius * angle.cos(), radius * angle.sin()])[:n]
         size = grad.abs()
-        ulp = (torch.nextafter(size, torch.full_like(size, math.inf)).double() - size.double()).nan_to_num(0, 0)
+        ulp = torch.nextafter(size, torch.full_like(size, math.inf)).double() - size.double()
+        ulp = ulp.where((size > 0) & ulp.isfinite(), 0.0)
         return _round_stochastically(grad.double() + ulps * normal * ulp, dtype, u[2:].flatten()[:n])
     words = _philox(math.ceil(flips) if n else 0, *key)
     chosen, chance = words[0] * n >> 32, flips - torch.arange(words.shape[1], device=grad.device)   # 1 or more: certain
@@ -111,8 +112,8 @@ def noisy(weight, noise, *, ulps=1.0, flips=1.0, bit=0, seed=0, step=0, op=0):
         float64.
       seed, step, op: 64-bit, 32-bit, 32-bit keys of the draws; step may be a one-element int64 tensor.
 
-    Infinite and NaN gradients stay what they are, but for flips; ulp(0) is the smallest subnormal number. (CPU and GPU
-    may differ in the last float64 bit of a normal draw, which changes a rounding once in about 2**50 draws.) Raises
+    But for flips, zero, infinite and NaN entries stay what they are: zeros in any order add up to zero, too. (CPU and
+    GPU may differ in the last float64 bit of a normal draw, which changes a rounding once in about 2**50 draws.) Raises
     ValueError for noise, ulps, flips or bit, NotImplementedError for the weight's dtype.
     """
     check_noise(noise, ulps, flips, bit)
