@@ -36,6 +36,7 @@ SPLITS = 8            # partial sums of arms that are not about their number
 BROKEN, END = 1e-2, 3e-2   # spread at which symmetry counts as broken, at which a run ends
 FIT = (3.0, 1e-3)     # the rate is fitted from this multiple of the first spread to this spread
 POINTS = 5            # fewest steps for a fit
+HARDWARE = f"hardware order, G = {SPLITS}"
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # its 97.5 % points, by degrees of freedom
 
 
@@ -68,8 +69,8 @@ def parse_arguments(argv=None):
     common.add_data(how, "not from a paper")
     how.add_argument("--blocks", type=int, default=6, metavar="N",
                      help="residual blocks of one convolution, in 3 stages of 16, 32 and 64 channels; default: 6")
-    how.add_argument("--seeds", type=int, default=4, metavar="COUNT",
-                     help="of batches and noise, the same for every arm; default: 4")
+    how.add_argument("--seeds", type=int, default=3, metavar="COUNT",
+                     help="of batches and noise, the same for every arm; default: 3")
     how.add_argument("--steps", type=int, default=200, metavar="N", help="at most; default: 200")
     how.add_argument("--batch-size", type=int, default=64, metavar="N", help="images; default: 64")
     how.add_argument("--lr", type=float, default=0.2, metavar="RATE", help="default: 0.2")
@@ -101,7 +102,7 @@ def arms(args):
     if "noise" in args.parts:
         for splits in args.splits:
             yield "noise", f"order, G = {splits}", 0, dict(order="shuffled", splits=splits)
-        yield "noise", f"hardware order, G = {SPLITS}", 0, dict(order="atomic")
+        yield "noise", HARDWARE, 0, dict(order="atomic")
         yield "noise", "stochastic rounding", 0, dict(noise="stochastic")
         for exponent in args.gaussian:
             yield "noise", f"Gaussian, 2^{exponent} ulp", 0, dict(noise="gaussian", ulps=2.0 ** exponent)
@@ -265,8 +266,31 @@ def interval(values):
     return [mean, mean - half, mean + half]
 
 
+def law(summary):
+    """Is the time set by the size alone? Over the noises of one seed, a straight line through (ln(BROKEN / first
+    spread), steps from the first spread to BROKEN): intervals over the seeds of its R^2 and of the rate, 1 / slope."""
+    rates, fits = [], []
+    for seed in {seed for arm in summary for seed in arm["runs"]}:
+        runs = [arm["runs"][seed] for arm in summary if arm["part"] == "noise" and seed in arm["runs"]]
+        runs = [run for run in runs if run["passed"]]
+        if len(runs) > 2:
+            x = np.log([BROKEN / run["first_spread"] for run in runs])
+            y = np.array([run["passed"] - run["first_step"] for run in runs])
+            slope, at_0 = np.polyfit(x, y, 1)
+            rates.append(float(1 / slope))
+            fits.append(float(1 - (y - at_0 - slope * x).var() / y.var()))
+    return {"rate": interval(rates), "r2": interval(fits)}
+
+
+def differences(summary, arm, other):
+    """Intervals over the seeds of what arm has more than other, in the same seed."""
+    one, two = (next((entry["runs"] for entry in summary if entry["arm"] == name), {}) for name in (arm, other))
+    return {key: interval([one[seed][key] - two[seed][key] for seed in one.keys() & two.keys()
+                           if None not in (one[seed][key], two[seed][key])]) for key in ("rate", "passed")}
+
+
 def summarise(rows):
-    """An object per part and arm: what `growth` finds in each seed, and intervals over the seeds."""
+    """An object per part and arm, what `growth` finds in each seed and intervals over the seeds; then comparisons."""
     runs = {}
     for row in rows:
         runs.setdefault((row["part"], row["arm"]), {}).setdefault(row["seed"], []).append(row)
@@ -284,7 +308,8 @@ def summarise(rows):
             **{key: interval([run[key] for run in found.values()]) for key in ("rate", "r2", "passed", "predicted")},
             "predicted_minus_passed": interval([run["predicted"] - run["passed"] for run in both]),
             "runs": found})
-    return summary
+    return {"arms": summary, "law": law(summary),
+            "hardware_minus_seeded_order": differences(summary, HARDWARE, f"order, G = {SPLITS}")}
 
 
 def read_rows(path):
@@ -339,7 +364,8 @@ def report(directory):
     """Figures and tables of a run from its files, so that they can be had again at any time."""
     directory = pathlib.Path(directory)
     try:
-        rows, summary = read_rows(directory / "metrics.csv"), json.loads((directory / "summary.json").read_text())
+        rows, found = read_rows(directory / "metrics.csv"), json.loads((directory / "summary.json").read_text())
+        summary = found["arms"]
     except (OSError, ValueError, KeyError) as error:
         common.fail(f"argument --plot-only: {directory} holds no finished run ({error})")
     draw_figures(rows, summary, directory)
@@ -358,6 +384,10 @@ def report(directory):
                 r2 = "" if arm["r2"][0] is None else f"{arm['r2'][0]:.3f}"
                 print(f"{arm['arm']:<24}{arm['broken']:>3} of {arm['seeds']}{cell(arm['first_spread'], 2):>30}"
                       f"{cell(arm['rate'], 3):>24}{r2:>7}{cell(arm['passed'], 3):>22}{cell(arm['predicted'], 3):>22}")
+    more = found["hardware_minus_seeded_order"]
+    print(f"\nover the noises, steps to 1 % against ln(1 / first spread): 1 / slope {cell(found['law']['rate'], 3)}, "
+          f"R² {cell(found['law']['r2'], 3)}\nhardware order minus seeded order: rate {cell(more['rate'], 2)}, "
+          f"step of 1 % {cell(more['passed'], 3)}")
 
 
 def log_to_tensorboard(directory, rows):
