@@ -114,6 +114,16 @@ def test_number_of_flips(device):
     flipped = [int((gradient(values, "flip", flips=2.25, step=step) != 1).sum()) for step in range(1000)]
     assert set(flipped) == {2, 3} and abs(flipped.count(3) / 1000 - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 1000)
     assert gradient(torch.ones(0, 3, device=device), "flip").shape == (0, 3)
+    one = torch.ones(1, device=device)   # drawn again, it flips back
+    assert [bool(gradient(one, "flip", flips=flips) == 1) for flips in range(5)] == [True, False, True, False, True]
+
+
+def test_bfloat16_weights(device):
+    weight = torch.ones(1 << 14, dtype=torch.bfloat16, device=device, requires_grad=True)
+    for options, sizes in [(dict(noise="gaussian", ulps=0.1), {0, 1}), (dict(noise="flip", flips=5, bit=6), {0, 64})]:
+        got, = torch.autograd.grad(ordered_reduce.noisy(weight, **options), weight, torch.full_like(weight, 1.25))
+        assert got.dtype == torch.bfloat16
+        assert set(((got.double() - 1.25) * 2 ** 7).abs().unique().tolist()) == sizes
 
 
 def test_special_values(device):
