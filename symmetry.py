@@ -35,6 +35,7 @@ PARTS = ("noise", "layers", "windows")
 SPLITS = 8            # partial sums of arms that are not about their number
 BROKEN, END = 1e-2, 3e-2   # spread at which symmetry counts as broken, at which a run ends
 FIT = (3.0, 1e-3)     # the rate is fitted from this multiple of the first spread to this spread
+LEAP = 10.0           # growth in one step at which a fit ends
 POINTS = 5            # fewest steps for a fit
 HARDWARE = f"hardware order, G = {SPLITS}"
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # its 97.5 % points, by degrees of freedom
@@ -232,10 +233,13 @@ def growth(steps, spreads):
     (step, ln spread) over the steps from fit_from to fit_to, passed (the first step above BROKEN), and predicted, the
     step where exponential growth at that rate from the first spread on gets there. None where there is no such thing.
 
-    The fit takes the steps after the last spread below FIT[0] times the first one, up to the first above FIT[1].
+    The fit takes the steps after the last spread below FIT[0] times the first one, up to the first above FIT[1], or up
+    to a leap in between: a step that multiplies the spread by more than LEAP. There a ReLU's input, all but equal in
+    the channels, has changed its sign in some of them alone.
     """
     steps, spreads = np.asarray(steps), np.asarray(spreads)
-    found = dict.fromkeys(("first_step", "first_spread", "rate", "r2", "fit_from", "fit_to", "passed", "predicted"))
+    found = dict.fromkeys(["first_step", "first_spread", "rate", "r2", "fit_from", "fit_to", "leap", "passed",
+                           "predicted"])
     broken = np.flatnonzero(spreads)
     if not len(broken):
         return found
@@ -244,6 +248,9 @@ def growth(steps, spreads):
     found["passed"] = next((int(step) for step, value in zip(steps, spreads, strict=True) if value > BROKEN), None)
     end = next(iter(np.flatnonzero(spreads > FIT[1])), len(spreads))
     start = max([first, *np.flatnonzero(spreads[:end] < FIT[0] * spreads[first])]) + 1
+    leap = next((i for i in range(start + 1, end) if spreads[i] > LEAP * spreads[i - 1]), None)
+    if leap:
+        found["leap"], end = int(steps[leap]), leap
     if end - start < POINTS:
         return found
     x, y = steps[start:end], np.log(spreads[start:end])
@@ -303,9 +310,11 @@ def summarise(rows):
             "part": part, "arm": arm, "seeds": len(found),
             "parted": sum(run["first_step"] is not None for run in found.values()),
             "broken": sum(run["passed"] is not None for run in found.values()),
+            "leaps": sum(run["leap"] is not None for run in found.values()),
             "first_spread": [math.exp(value) if value is not None else None for value in interval(
                 [math.log(run["first_spread"]) for run in found.values() if run["first_spread"]])],
-            **{key: interval([run[key] for run in found.values()]) for key in ("rate", "r2", "passed", "predicted")},
+            **{key: interval([run[key] for run in found.values()]) for key in ("rate", "r2", "passed")},
+            "predicted": interval([run["predicted"] for run in both]),
             "predicted_minus_passed": interval([run["predicted"] - run["passed"] for run in both]),
             "runs": found})
     return {"arms": summary, "law": law(summary),

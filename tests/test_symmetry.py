@@ -50,6 +50,15 @@ def test_growth_after_a_plateau_with_noise():
     assert abs(np.mean(rates) - 0.08) < 0.001 and 0.6 * deviation < np.std(rates) < 1.6 * deviation
 
 
+def test_a_leap_ends_the_fit():
+    steps = np.arange(1, 200)
+    spreads = 1e-8 * np.exp(0.1 * steps) * np.where(steps < 80, 1, 20)
+    found = symmetry.growth(steps, spreads)
+    assert found["leap"] == 80 and found["fit_to"] == 79 and found["rate"] == pytest.approx(0.1)
+    assert found["predicted"] - found["passed"] == pytest.approx(math.log(20) / 0.1, abs=1)
+    assert symmetry.growth(steps, 1e-8 * np.exp(0.1 * steps) * np.where(steps < 80, 1, 5))["leap"] is None
+
+
 def test_growth_where_there_is_none():
     assert set(symmetry.growth([1, 2, 3], [0.0, 0.0, 0.0]).values()) == {None}
     found = symmetry.growth([1, 2, 3, 4], [0.0, 1e-9, 1e-9, 0.0])   # it went away again
