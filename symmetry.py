@@ -7,7 +7,8 @@ dropout; hardware order (racing threads). All else is equal: the weights at the 
 far the channels are apart is the spread, ||W - mean over output channels|| / ||W||, of the layer where it is largest.
 It grows exponentially from the size of the noise; at 1 % the symmetry counts as broken.
 
-    python symmetry.py                     # digits, a few minutes on two cores
+    python symmetry.py                     # digits, one seed: three minutes of a core, shared out over the cores
+    python symmetry.py --seeds 3           # with intervals: results/symmetry/digits
     python symmetry.py --parts noise       # the noises alone; layers: order noise in one layer; windows: at few steps
 
 Every run writes config.json, metrics.csv (a row per part, arm, seed and step), summary.json, spread.png and
@@ -37,7 +38,7 @@ BROKEN, END = 1e-2, 3e-2   # spread at which symmetry counts as broken, at which
 FIT = (3.0, 1e-3)     # the rate is fitted from this multiple of the first spread to this spread
 LEAP = 10.0           # growth in one step at which a fit ends
 POINTS = 5            # fewest steps for a fit
-HARDWARE = f"hardware order, G = {SPLITS}"
+SEEDED, HARDWARE = f"order, G = {SPLITS}", f"hardware order, G = {SPLITS}"
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # its 97.5 % points, by degrees of freedom
 
 
@@ -70,8 +71,8 @@ def parse_arguments(argv=None):
     common.add_data(how, "not from a paper")
     how.add_argument("--blocks", type=int, default=6, metavar="N",
                      help="residual blocks of one convolution, in 3 stages of 16, 32 and 64 channels; default: 6")
-    how.add_argument("--seeds", type=int, default=3, metavar="COUNT",
-                     help="of batches and noise, the same for every arm; default: 3")
+    how.add_argument("--seeds", type=int, default=1, metavar="COUNT",
+                     help="of batches and noise, the same for every arm; default: 1")
     how.add_argument("--steps", type=int, default=200, metavar="N", help="at most; default: 200")
     how.add_argument("--batch-size", type=int, default=64, metavar="N", help="images; default: 64")
     how.add_argument("--lr", type=float, default=0.2, metavar="RATE", help="default: 0.2")
@@ -275,9 +276,9 @@ def interval(values):
 
 def law(summary):
     """Is the time set by the size alone? Over the noises of one seed, a straight line through (ln(BROKEN / first
-    spread), steps from the first spread to BROKEN): intervals over the seeds of its R^2 and of the rate, 1 / slope."""
+    spread), steps from the first spread to BROKEN): the interval over the seeds of 1 / slope, a rate, and each R^2."""
     rates, fits = [], []
-    for seed in {seed for arm in summary for seed in arm["runs"]}:
+    for seed in sorted({seed for arm in summary for seed in arm["runs"]}):
         runs = [arm["runs"][seed] for arm in summary if arm["part"] == "noise" and seed in arm["runs"]]
         runs = [run for run in runs if run["passed"]]
         if len(runs) > 2:
@@ -286,14 +287,15 @@ def law(summary):
             slope, at_0 = np.polyfit(x, y, 1)
             rates.append(float(1 / slope))
             fits.append(float(1 - (y - at_0 - slope * x).var() / y.var()))
-    return {"rate": interval(rates), "r2": interval(fits)}
+    return {"rate": interval(rates), "r2": fits}
 
 
-def differences(summary, arm, other):
-    """Intervals over the seeds of what arm has more than other, in the same seed."""
-    one, two = (next((entry["runs"] for entry in summary if entry["arm"] == name), {}) for name in (arm, other))
-    return {key: interval([one[seed][key] - two[seed][key] for seed in one.keys() & two.keys()
-                           if None not in (one[seed][key], two[seed][key])]) for key in ("rate", "passed")}
+def differences(summary):
+    """{arm: intervals over the seeds of what its rate and passed have more than SEEDED's in the same seed}."""
+    seeded = next((arm["runs"] for arm in summary if arm["arm"] == SEEDED), {})
+    return {arm["arm"]: {key: interval([run[key] - seeded[seed][key] for seed, run in arm["runs"].items()
+                                        if seed in seeded and None not in (run[key], seeded[seed][key])])
+                         for key in ("rate", "passed")} for arm in summary if arm["part"] == "noise"}
 
 
 def summarise(rows):
@@ -318,7 +320,7 @@ def summarise(rows):
             "predicted_minus_passed": interval([run["predicted"] - run["passed"] for run in both]),
             "runs": found})
     return {"arms": summary, "law": law(summary),
-            "hardware_minus_seeded_order": differences(summary, HARDWARE, f"order, G = {SPLITS}")}
+            f"minus {SEEDED}": differences(summary)}
 
 
 def read_rows(path):
@@ -387,16 +389,18 @@ def report(directory):
 
     for part in dict.fromkeys(arm["part"] for arm in summary):
         print(f"\n{part}: mean and 95 % interval over seeds\n{'':<24}{'broken':>8}{'first spread':>30}"
-              f"{'rate [1/step]':>24}{'R²':>7}{'step of 1 %':>22}{'predicted':>22}")
+              f"{'rate [1/step]':>26}{'R²':>7}{'step of 1 %':>22}{'predicted':>22}")
         for arm in summary:
             if arm["part"] == part:
                 r2 = "" if arm["r2"][0] is None else f"{arm['r2'][0]:.3f}"
                 print(f"{arm['arm']:<24}{arm['broken']:>3} of {arm['seeds']}{cell(arm['first_spread'], 2):>30}"
-                      f"{cell(arm['rate'], 3):>24}{r2:>7}{cell(arm['passed'], 3):>22}{cell(arm['predicted'], 3):>22}")
-    more = found["hardware_minus_seeded_order"]
-    print(f"\nover the noises, steps to 1 % against ln(1 / first spread): 1 / slope {cell(found['law']['rate'], 3)}, "
-          f"R² {cell(found['law']['r2'], 3)}\nhardware order minus seeded order: rate {cell(more['rate'], 2)}, "
-          f"step of 1 % {cell(more['passed'], 3)}")
+                      f"{cell(arm['rate'], 3):>26}{r2:>7}{cell(arm['passed'], 3):>22}{cell(arm['predicted'], 3):>22}")
+    if found["law"]["rate"][0]:
+        print(f"\nover the noises of a seed, steps to 1 % against ln(1 / first spread): 1 / slope "
+              f"{cell(found['law']['rate'], 3)} per step, R² {', '.join(f'{r2:.2f}' for r2 in found['law']['r2'])}")
+    for arm, more in found[f"minus {SEEDED}"].items():
+        if arm != SEEDED and more["passed"][0] is not None:
+            print(f"{arm} minus {SEEDED}: rate {cell(more['rate'], 2)}, step of 1 % {cell(more['passed'], 3)}")
 
 
 def log_to_tensorboard(directory, rows):
