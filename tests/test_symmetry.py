@@ -150,6 +150,12 @@ def test_noise_parts_the_channels_and_repeats(convert, p):
         assert rows[:3] == quiet[:3] and rows[3][1] > 0
 
 
+def test_the_seed_is_the_noises_too():
+    noise = dict(noise="gaussian", ulps=0.25)
+    assert train(noise, "--steps", 3, seed=1) == train({**noise, "seed": 1}, "--steps", 3, seed=1)
+    assert train(noise, "--steps", 3, seed=1) != train({**noise, "seed": 0}, "--steps", 3, seed=1)
+
+
 def test_a_run_ends_where_symmetry_is_broken():
     rows = train({}, "--steps", 60, p=0.1)
     assert len(rows) < 60 and rows[-1][1] > symmetry.END >= rows[-2][1]
