@@ -3,10 +3,12 @@
     ordered_reduce.sum(x, dim, order="fixed" | "shuffled" | "atomic", splits=8, seed=0, ...)
     ordered_reduce.conv2d, ordered_reduce.linear     PyTorch's layers with ordered weight gradients
     policy = ordered_reduce.convert(model, order="shuffled"); ...; optimizer.step(); policy.step()
+    ordered_reduce.noisy(weight, "gaussian", ulps=0.1)   a weight with seeded noise in its gradient; convert(noise=...)
     ordered_reduce.cuda_built()                      True where the CUDA kernels were compiled in
 """
 
 from .layers import Policy, conv2d, convert, linear
+from .noise import noisy
 from .ops import cuda_built, sum
 
-__all__ = ["Policy", "conv2d", "convert", "cuda_built", "linear", "sum"]
+__all__ = ["Policy", "conv2d", "convert", "cuda_built", "linear", "noisy", "sum"]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .noise import check_noise, noisy
 from .ops import ORDERS, check_order, sum
 
 LAYER_ORDERS = (*ORDERS, "native")
@@ -157,7 +158,7 @@ class Conv2d(nn.Conv2d):
         if self.padding_mode != "zeros" or isinstance(padding, str):   # as nn.Conv2d does: pad first, then none
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), 0
-        return conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups,
+        return conv2d(x, self.policy.noisy(weight, self.op), bias, self.stride, padding, self.dilation, self.groups,
                       **self.policy.arguments(self.op))
 
 
@@ -165,21 +166,28 @@ class Linear(nn.Linear):
     """nn.Linear whose weight gradient follows self.policy; made by `convert`."""
 
     def forward(self, x):
-        return linear(x, self.weight, self.bias, **self.policy.arguments(self.op))
+        return linear(x, self.policy.noisy(self.weight, self.op), self.bias, **self.policy.arguments(self.op))
 
 
 class Policy:
-    """The order of additions of a converted model's weight gradients: `convert` makes it, `step` advances it.
+    """The order of additions of a converted model's weight gradients, and noise in them: `convert` makes it, `step`
+    advances it.
 
-    Attributes: order, splits, seed, scope, steps as given to `convert`; layers, the names of the converted layers;
-    count, the optimizer steps so far; now, the order in force at this step.
+    Attributes: order, splits, seed, scope, steps, noise, ulps, flips, bit as given to `convert`; layers, the names of
+    the converted layers; count, the optimizer steps so far; now and noise_now, the order and noise in force at this
+    step.
     """
 
-    def __init__(self, order="fixed", splits=8, seed=0, scope="output", steps=None):
+    def __init__(self, order="fixed", splits=8, seed=0, scope="output", steps=None, noise=None, ulps=1.0, flips=1.0,
+                 bit=0):
         check_order(order, splits, seed, 0, scope, LAYER_ORDERS)
+        check_noise(noise, ulps, flips, bit)
+        if order == "native" and noise == "stochastic":
+            raise ValueError("order must be another than 'native' with noise='stochastic', which rounds its sum")
         if steps is not None and not 0 <= steps[0] < steps[1]:
             raise ValueError(f"steps must be (first, end) with 0 <= first < end; got {tuple(steps)}")
         self.order, self.splits, self.seed, self.scope, self.steps = order, splits, seed, scope, steps
+        self.noise, self.ulps, self.flips, self.bit = noise, ulps, flips, bit
         self.layers = []
         # A tensor, not a number, so that torch.compile does not compile every step anew.
         self._step = torch.zeros((), dtype=torch.int64)
@@ -196,16 +204,22 @@ class Policy:
         self.count = state["step"]
         self._step.fill_(self.count)
         inside = self.steps is None or self.steps[0] <= self.count < self.steps[1]
-        self.now = self.order if inside else "fixed"
+        self.now, self.noise_now = (self.order, self.noise) if inside else ("fixed", None)
 
     def arguments(self, op):
         """The keyword arguments for conv2d and linear at this step."""
         return {"order": self.now, "splits": self.splits, "seed": self.seed, "step": self._step, "op": op,
                 "scope": self.scope}
 
+    def noisy(self, weight, op):
+        """The weight, with this step's noise in its gradient."""
+        return noisy(weight, self.noise_now, ulps=self.ulps, flips=self.flips, bit=self.bit, seed=self.seed,
+                     step=self._step, op=op)
 
-def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", steps=None):
-    """Gives the nn.Conv2d and nn.Linear layers of any model ordered weight gradients, in place.
+
+def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", steps=None, noise=None, ulps=1.0,
+            flips=1.0, bit=0):
+    """Gives the nn.Conv2d and nn.Linear layers of any model ordered weight gradients, in place, with noise or without.
 
     Parameters, names, hooks and state_dict stay as they are. A layer that is converted already follows the new policy.
 
@@ -216,12 +230,14 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
       layers: glob pattern, or list of them, of layer names ("*", "stages.0.*", ["stem", "head"]). Others stay as they
         are. A layer's op, the number its draws are keyed by, is its place among all layers of the model, whatever is
         chosen.
-      steps: (first, end), the steps first <= step < end at which `order` is in force; "fixed" outside. None: always.
+      steps: (first, end), the steps first <= step < end at which `order` and `noise` are in force; "fixed" and none
+        outside. None: always.
+      noise, ulps, flips, bit: as in `ordered_reduce.noisy`, in the weight gradients of the same layers.
 
     Returns the Policy; call its step() after each optimizer step. Raises ValueError for a wrong argument or where no
     layer matches.
     """
-    policy = Policy(order, splits, seed, scope, steps)
+    policy = Policy(order, splits, seed, scope, steps, noise, ulps, flips, bit)
     patterns = [layers] if isinstance(layers, str) else list(layers)
     candidates = [(name, module) for name, module in model.named_modules()
                   if type(module) in (nn.Conv2d, nn.Linear, Conv2d, Linear)]

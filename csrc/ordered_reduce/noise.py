@@ -1,0 +1,128 @@
+"""Noise of a known size in a weight's gradient, drawn from a seed: what the noise of an order of additions is compared
+with. Philox4x32-10 of ../order.h gives the draws, in tensor operations, so that they are the same integers on every
+device and under torch.compile."""
+
+import math
+
+import torch
+
+NOISES = ("gaussian", "stochastic", "flip")
+_WORD = (1 << 32) - 1
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}   # by bytes
+
+
+def _philox(count, seed, step, op, device):
+    """(4, count) words in [0, 2**32), a function of their place and (seed, step, op). The key differs in one bit from
+    that of the permutations, so noise and order of one seed are independent."""
+    c = torch.arange(count, device=device), 0, step & _WORD, op
+    k0, k1 = seed & _WORD, (seed >> 32 & _WORD) ^ 1 << 31
+    for _ in range(10):
+        p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57   # past 2**63 they wrap: as bits they are right
+        c = (p1 >> 32 & _WORD) ^ c[1] ^ k0, p1 & _WORD, (p0 >> 32 & _WORD) ^ c[3] ^ k1, p0 & _WORD
+        k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
+    return torch.stack(torch.broadcast_tensors(*c))
+
+
+def _uniforms(count, *key):
+    """count numbers of (0, 1), float64."""
+    return (_philox(-(-count // 4), *key).flatten()[:count] + 0.5) / (1 << 32)
+
+
+def _round_stochastically(x, dtype, uniform):
+    """float64 x in dtype, one of its two neighbours there, so that the mean over draws is x itself."""
+    near = x.to(dtype)
+    off = x - near.double()
+    other = torch.nextafter(near, torch.where(off > 0, math.inf, -math.inf).to(dtype))
+    return torch.where(uniform < off.abs() / (other.double() - near.double()).abs(), other, near)
+
+
+def _perturb(grad, dtype, noise, ulps, flips, bit, *key):
+    """grad, one dimension, with the noise, in dtype."""
+    n, key = len(grad), (*key, grad.device)
+    if noise == "stochastic":
+        return _round_stochastically(grad, dtype, _uniforms(n, *key))
+    if noise == "gaussian":
+        half = -(-n // 2)
+        u = _uniforms(4 * half, *key).view(4, half)
+        radius, angle = (-2 * u[0].log()).sqrt(), 2 * math.pi * u[1]   # Box and Muller, 1958
+        normal = torch.cat([radius * angle.cos(), radius * angle.sin()])[:n]
+        size = grad.abs()
+        ulp = torch.nextafter(size, torch.full_like(size, math.inf)).double() - size.double()
+        ulp = ulp.where((size > 0) & ulp.isfinite(), 0.0)
+        return _round_stochastically(grad.double() + ulps * normal * ulp, dtype, u[2:].flatten()[:n])
+    words = _philox(math.ceil(flips) if n else 0, *key)
+    chosen, chance = words[0] * n >> 32, flips - torch.arange(words.shape[1], device=grad.device)   # 1 or more: certain
+    drawn = words[1] < chance * (1 << 32)
+    integer = _INTEGERS[grad.element_size()]
+    times = torch.zeros(n, dtype=integer, device=grad.device).index_add(0, chosen, drawn.to(integer))
+    return (grad.contiguous().view(integer) ^ (times & 1) << bit).view(dtype)
+
+
+class _Perturb(torch.autograd.Function):
+    """Noise is added to a gradient: the gradient of that is handed on as it is."""
+
+    @staticmethod
+    def forward(ctx, grad, dtype, *arguments):
+        ctx.dtype, ctx.arguments = grad.dtype, 1 + len(arguments)
+        return _perturb(grad.flatten(), dtype, *arguments).view(grad.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype), *[None] * ctx.arguments
+
+
+class _Noisy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, noise, *arguments):
+        ctx.arguments = weight.dtype, noise, *arguments
+        return weight.double() if noise == "stochastic" else weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Perturb.apply(grad, *ctx.arguments), *[None] * (len(ctx.arguments) - 1)
+
+
+def check_noise(noise, ulps, flips, bit):
+    """Raises ValueError naming the argument, its value and what would be valid."""
+    if noise not in (None, *NOISES):
+        raise ValueError(f"noise must be None or one of {', '.join(NOISES)}; got {noise!r}")
+    for name, value in (("ulps", ulps), ("flips", flips)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0; got {value}")
+    if not 0 <= bit < 64:
+        raise ValueError(f"bit must lie in [0, 64); got {bit}")
+
+
+def noisy(weight, noise, *, ulps=1.0, flips=1.0, bit=0, seed=0, step=0, op=0):
+    """The weight, with noise in its gradient: the same for the same (seed, step, op) in every run and on any device.
+
+      gaussian    every entry g of the gradient becomes g + ulps * z ulp(g), z standard normal, rounded stochastically
+                  to the weight's dtype. Well below 1, ulps is therefore a probability: g moves by an ulp with
+                  probability ulps * sqrt(2 / pi), and its mean stays g.
+      stochastic  the last sum of the gradient is taken in float64 and rounded stochastically to the weight's dtype: to
+                  one of the two nearest values, so that the mean is the sum. Its noise lies below an ulp as that of an
+                  order of additions does (rounding to bfloat16 would make 2**16 times as much). The weight comes back
+                  in float64 for this: give it to an ordered layer, which computes in the dtype of its input.
+      flip        `flips` entries, drawn independently, have one bit flipped: bit 0, the last of the fraction, is an
+                  ulp. What a fraction asks for is flipped by chance: flips=0.01 is one flip in a hundred steps. An
+                  entry drawn twice flips back.
+
+    Args:
+      weight: floating-point tensor of any shape; of at most 32 bits with gaussian and stochastic, which round from
+        float64.
+      seed, step, op: 64-bit, 32-bit, 32-bit keys of the draws; step may be a one-element int64 tensor.
+
+    But for flips, zero, infinite and NaN entries stay what they are: zeros in any order add up to zero, too. (CPU and
+    GPU may differ in the last float64 bit of a normal draw, which changes a rounding once in about 2**50 draws.) Raises
+    ValueError for noise, ulps, flips or bit, NotImplementedError for the weight's dtype.
+    """
+    check_noise(noise, ulps, flips, bit)
+    if noise is None:
+        return weight
+    bits = 8 * weight.element_size()
+    if not weight.is_floating_point() or (bits == 64 and noise != "flip"):
+        raise NotImplementedError(f"noise={noise!r} is not implemented for weights of dtype {weight.dtype}: give it "
+                                  "float32, float16 or bfloat16" + " or float64" * (noise == "flip"))
+    if bit >= bits:
+        raise ValueError(f"bit must lie in [0, {bits}) for weights of dtype {weight.dtype}; got {bit}")
+    return _Noisy.apply(weight, noise, ulps, flips, bit, seed, step, op)

@@ -1,0 +1,458 @@
+"""How long until symmetry breaks, as a function of the size of the noise?
+
+A network whose channels all start equal (constnet.py's, in small) learns one feature until some noise parts the
+channels. Here the noise is varied: additions in an order drawn for every weight, over G partial sums; one bit of one
+weight's gradient, flipped once; Gaussian noise of 2^-20 to 1 ulp of every weight's gradient; stochastic rounding;
+dropout; hardware order (racing threads). All else is equal: the weights at the start, and for one seed the batches. How
+far the channels are apart is the spread, ||W - mean over output channels|| / ||W||, of the layer where it is largest.
+It grows exponentially from the size of the noise; at 1 % the symmetry counts as broken.
+
+    python symmetry.py                     # digits, one seed: three minutes of a core, shared out over the cores
+    python symmetry.py --seeds 3           # with intervals: results/symmetry/digits
+    python symmetry.py --parts noise       # the noises alone; layers: order noise in one layer; windows: at few steps
+
+Every run writes config.json, metrics.csv (a row per part, arm, seed and step), summary.json, spread.png and
+broken.png. Runs end where the spread passes 3 %: nothing is left to measure.
+Exit status: 0 done, 2 bad input, 3 diverged (the metrics are kept), 130 interrupted (finished runs are kept).
+"""
+
+import csv
+import hashlib
+import json
+import math
+import pathlib
+import statistics
+import sys
+
+import numpy as np
+import ordered_reduce
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import common
+
+PARTS = ("noise", "layers", "windows")
+SPLITS = 8            # partial sums of arms that are not about their number
+BROKEN, END = 1e-2, 3e-2   # spread at which symmetry counts as broken, at which a run ends
+FIT = (3.0, 1e-3)     # the rate is fitted from this multiple of the first spread to this spread
+LEAP = 10.0           # growth in one step at which a fit ends
+POINTS = 5            # fewest steps for a fit
+SEEDED, HARDWARE = f"order, G = {SPLITS}", f"hardware order, G = {SPLITS}"
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # its 97.5 % points, by degrees of freedom
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def parse_arguments(argv=None):
+    parser = common.parser(__doc__)
+    what = parser.add_argument_group("noise")
+    what.add_argument("--parts", nargs="+", default=list(PARTS), metavar="PART",
+                      help="noise (all arms below, in all layers and steps), layers (order noise in one layer alone), "
+                           "windows (order noise at few steps); default: all")
+    what.add_argument("--splits", type=int, nargs="+", default=[2, 3, 8, 64], metavar="G",
+                      help="partial sums added in random order; 2 makes no noise; default: 2 3 8 64")
+    what.add_argument("--gaussian", type=int, nargs="+", default=[-20, -15, -10, -5, 0], metavar="E",
+                      help="Gaussian noise with a standard deviation of 2^E ulp of the gradient; default: -20 -15 -10 "
+                           "-5 0")
+    what.add_argument("--bit-steps", type=int, nargs="+", default=[1, 20], metavar="STEP",
+                      help="the last bit of one weight's gradient is flipped at this step (counted from 0) and never "
+                           "again; default: 1 20")
+    what.add_argument("--bit-layer", default="stages.1.0.conv", metavar="LAYER",
+                      help="whose weight; default: stages.1.0.conv")
+    what.add_argument("--dropout", type=float, nargs="+", default=[0.01], metavar="P",
+                      help="of the input of the blocks' convolutions; default: 0.01")
+    what.add_argument("--windows", nargs="+", default=["0:1", "1:2", "5:6", "20:21", "40:41"], metavar="A:B",
+                      help=f"steps A <= step < B with order noise (G = {SPLITS}), in fixed order before and after; "
+                           "default: 0:1 1:2 5:6 20:21 40:41")
+
+    how = parser.add_argument_group("training: SGD with momentum 0.9 and weight decay 5e-4 at a constant rate")
+    common.add_data(how, "not from a paper")
+    how.add_argument("--blocks", type=int, default=6, metavar="N",
+                     help="residual blocks of one convolution, in 3 stages of 16, 32 and 64 channels; default: 6")
+    how.add_argument("--seeds", type=int, default=1, metavar="COUNT",
+                     help="of batches and noise, the same for every arm; default: 1")
+    how.add_argument("--steps", type=int, default=200, metavar="N", help="at most; default: 200")
+    how.add_argument("--batch-size", type=int, default=64, metavar="N", help="images; default: 64")
+    how.add_argument("--lr", type=float, default=0.2, metavar="RATE", help="default: 0.2")
+    common.add_files(parser, "symmetry/DATASET", "finished runs are kept")
+    args = parser.parse_args(argv)
+    common.check_common(args)
+    need = common.need
+    need(set(args.parts) <= set(PARTS), "--parts", " ".join(args.parts), f"of {', '.join(PARTS)}")
+    common.at_least_1(args, "splits", "seeds", "steps", "batch_size")
+    need(max(args.splits) <= args.batch_size, "--splits", args.splits,
+         f"at most the batch size, {args.batch_size}: a group needs a sample")
+    need(min(args.gaussian) >= -30 and max(args.gaussian) <= 20, "--gaussian", args.gaussian, "exponents in [-30, 20]")
+    need(min(args.bit_steps) >= 0, "--bit-steps", args.bit_steps, "at least 0")
+    need(all(0 <= p < 1 for p in args.dropout), "--dropout", args.dropout, "in [0, 1)")
+    need(args.blocks >= 3 and args.blocks % 3 == 0, "--blocks", args.blocks, "a positive multiple of 3")
+    need(math.isfinite(args.lr) and args.lr > 0, "--lr", args.lr, "finite and positive")
+    for window in args.windows:
+        a, _, b = window.partition(":")
+        need(a.isdecimal() and b.isdecimal() and int(a) < int(b), "--windows", window, "A:B with 0 <= A < B")
+    names = layer_names(args.blocks)
+    need(args.bit_layer in names, "--bit-layer", args.bit_layer, f"one of {', '.join(names)}")
+    need(args.device == "cpu" or ordered_reduce.cuda_built(), "--device", args.device,
+         "cpu, since ordered_reduce was built without CUDA kernels (put nvcc on PATH and `pip install -e csrc` again)")
+    return args
+
+
+def arms(args):
+    """(part, arm, probability of dropout, what is given to ordered_reduce.convert) of every arm."""
+    if "noise" in args.parts:
+        for splits in args.splits:
+            yield "noise", f"order, G = {splits}", 0, dict(order="shuffled", splits=splits)
+        yield "noise", HARDWARE, 0, dict(order="atomic")
+        yield "noise", "stochastic rounding", 0, dict(noise="stochastic")
+        for exponent in args.gaussian:
+            yield "noise", f"Gaussian, 2^{exponent} ulp", 0, dict(noise="gaussian", ulps=2.0 ** exponent)
+        for step in args.bit_steps:
+            yield "noise", f"one bit at step {step}", 0, dict(noise="flip", layers=args.bit_layer,
+                                                              steps=(step, step + 1))
+        for p in args.dropout:
+            yield "noise", f"dropout {p:g}", p, {}
+    if "layers" in args.parts:
+        for layer in layer_names(args.blocks):
+            yield "layers", layer, 0, dict(order="shuffled", layers=layer)
+    if "windows" in args.parts:
+        for window in args.windows:
+            yield "windows", window, 0, dict(order="shuffled", steps=tuple(map(int, window.split(":"))))
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+
+class Block(nn.Module):
+    """x -> shortcut(x) + conv(dropout(relu(bn(x)))); a 1x1 shortcut, where the width changes, is applied to bn(x)."""
+
+    def __init__(self, channels_in, channels, stride):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels_in)
+        self.conv = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(channels_in, channels, 1, stride, bias=False) if stride > 1 else None
+
+    def forward(self, x, dropout):
+        normal = self.bn(x)
+        return (x if self.shortcut is None else self.shortcut(normal)) + self.conv(dropout(F.relu(normal)))
+
+
+class Constnet(nn.Module):
+    """constnet.py's at width 1: every residual convolution and the head 0, all else the mean of its inputs."""
+
+    def __init__(self, channels, classes, blocks):
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.stages = nn.ModuleList(nn.ModuleList(
+            Block(16 << max(0, stage - (block == 0)), 16 << stage, 2 if stage and block == 0 else 1)
+            for block in range(blocks // 3)) for stage in range(3))
+        self.head = nn.Linear(64, classes)
+        with torch.no_grad():
+            for parameter in (*self.stem.parameters(), *self.head.parameters()):
+                parameter.zero_()
+            self.stem.weight[:, :, 1, 1] = 1 / channels
+            for block in (block for stage in self.stages for block in stage):
+                block.conv.weight.zero_()
+                if block.shortcut is not None:
+                    block.shortcut.weight.fill_(1 / block.shortcut.weight.shape[1])
+
+    def forward(self, x, dropout=lambda x: x):
+        x = self.stem(x)
+        for stage in self.stages:
+            for block in stage:
+                x = block(x, dropout)
+        return self.head(F.relu(x).mean((2, 3)))
+
+
+def layer_names(blocks):
+    return [name for name, module in Constnet(1, 1, blocks).named_modules()
+            if isinstance(module, (nn.Conv2d, nn.Linear))]
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def draw(*key):
+    """A generator seed that differs for every key."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
+
+
+def spread(weight):
+    """||W - mean over output channels|| / ||W||; 0 where W is 0. In float64, where the mean of equal float32 values is
+    that value, so that equal channels have a spread of exactly 0."""
+    filters = weight.detach().double().flatten(1)
+    return (filters - filters.mean(0)).norm() / filters.norm().clamp(min=1e-300)
+
+
+def train(args, data, seed, p, convert):
+    """[step, largest spread of a convolution, loss before the step] from step 1 to the end of the run."""
+    images, labels, _, _, classes = data
+    pixels = images.double()
+    mean, std = float(pixels.mean()), float(pixels.std())
+    model = Constnet(images.shape[1], classes, args.blocks).to(images.device)
+    ordered_reduce.convert(model, splits=SPLITS)
+    policy = ordered_reduce.convert(model, **{"splits": SPLITS, "seed": seed, **convert})
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    batches, masks = torch.Generator().manual_seed(draw(seed, "batches")), torch.Generator().manual_seed(seed)
+
+    def dropout(x):   # from a generator of its own: runs in other threads do not disturb it
+        return x * (torch.rand(x.shape, generator=masks) >= p).to(x.device) / (1 - p) if p else x
+
+    rows, order, per_epoch = [], None, len(labels) // args.batch_size
+    for step in range(args.steps):
+        if step % per_epoch == 0:
+            order = torch.randperm(len(labels), generator=batches).to(images.device)
+        chosen = order[step % per_epoch * args.batch_size:][:args.batch_size]
+        loss = F.cross_entropy(model((images[chosen] - mean) / std, dropout), labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        policy.step()
+        largest, loss = torch.stack([*map(spread, weights)]).max().item(), loss.item()
+        rows.append([step + 1, largest, loss])
+        if not math.isfinite(loss) or largest > END:
+            break
+    return rows
+
+
+def one_run(args, data, seed, p, convert):
+    """train with one thread, so that runs share the cores; racing takes two."""
+    torch.set_num_threads(2 if convert.get("order") == "atomic" else 1)
+    try:
+        return train(args, data, seed, p, convert)
+    finally:
+        torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def growth(steps, spreads):
+    """What one run tells: first_step and first_spread (not 0), rate [1 / step] and r2 of the straight line through
+    (step, ln spread) over the steps from fit_from to fit_to, passed (the first step above BROKEN), and predicted, the
+    step where exponential growth at that rate from the first spread on gets there. None where there is no such thing.
+
+    The fit takes the steps after the last spread below FIT[0] times the first one, up to the first above FIT[1], or up
+    to a leap in between: a step that multiplies the spread by more than LEAP. There a ReLU's input, all but equal in
+    the channels, has changed its sign in some of them alone.
+    """
+    steps, spreads = np.asarray(steps), np.asarray(spreads)
+    found = dict.fromkeys(["first_step", "first_spread", "rate", "r2", "fit_from", "fit_to", "leap", "passed",
+                           "predicted"])
+    broken = np.flatnonzero(spreads)
+    if not len(broken):
+        return found
+    first = broken[0]
+    found.update(first_step=int(steps[first]), first_spread=float(spreads[first]))
+    found["passed"] = next((int(step) for step, value in zip(steps, spreads, strict=True) if value > BROKEN), None)
+    end = next(iter(np.flatnonzero(spreads > FIT[1])), len(spreads))
+    start = max([first, *np.flatnonzero(spreads[:end] < FIT[0] * spreads[first])]) + 1
+    leap = next((i for i in range(start + 1, end) if spreads[i] > LEAP * spreads[i - 1]), None)
+    if leap:
+        found["leap"], end = int(steps[leap]), leap
+    if end - start < POINTS:
+        return found
+    x, y = steps[start:end], np.log(spreads[start:end])
+    rate, at_0 = np.polyfit(x, y, 1)
+    found.update(rate=float(rate), r2=float(1 - (y - at_0 - rate * x).var() / y.var()), fit_from=int(x[0]),
+                 fit_to=int(x[-1]))
+    if rate > 0:
+        found["predicted"] = found["first_step"] + math.log(BROKEN / found["first_spread"]) / float(rate)
+    return found
+
+
+def interval(values):
+    """[mean, low, high]: Student's 95 % interval; low and high are None for one value, all for none."""
+    values = [value for value in values if value is not None]
+    if len(values) < 2:
+        return [*values, None, None, None][:3]
+    mean, freedom = statistics.fmean(values), len(values) - 1
+    student = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.65 / freedom
+    half = student * statistics.stdev(values) / math.sqrt(len(values))
+    return [mean, mean - half, mean + half]
+
+
+def law(summary):
+    """Is the time set by the size alone? Over the noises of one seed, a straight line through (ln(BROKEN / first
+    spread), steps from the first spread to BROKEN): the interval over the seeds of 1 / slope, a rate, and each R^2."""
+    rates, fits = [], []
+    for seed in sorted({seed for arm in summary for seed in arm["runs"]}):
+        runs = [arm["runs"][seed] for arm in summary if arm["part"] == "noise" and seed in arm["runs"]]
+        runs = [run for run in runs if run["passed"]]
+        if len(runs) > 2:
+            x = np.log([BROKEN / run["first_spread"] for run in runs])
+            y = np.array([run["passed"] - run["first_step"] for run in runs])
+            slope, at_0 = np.polyfit(x, y, 1)
+            rates.append(float(1 / slope))
+            fits.append(float(1 - (y - at_0 - slope * x).var() / y.var()))
+    return {"rate": interval(rates), "r2": fits}
+
+
+def differences(summary):
+    """{arm: intervals over the seeds of what its rate and passed have more than SEEDED's in the same seed}."""
+    seeded = next((arm["runs"] for arm in summary if arm["arm"] == SEEDED), {})
+    return {arm["arm"]: {key: interval([run[key] - seeded[seed][key] for seed, run in arm["runs"].items()
+                                        if seed in seeded and None not in (run[key], seeded[seed][key])])
+                         for key in ("rate", "passed")} for arm in summary if arm["part"] == "noise"}
+
+
+def summarise(rows):
+    """An object per part and arm, what `growth` finds in each seed and intervals over the seeds; then comparisons."""
+    runs = {}
+    for row in rows:
+        runs.setdefault((row["part"], row["arm"]), {}).setdefault(row["seed"], []).append(row)
+    summary = []
+    for (part, arm), seeds in runs.items():
+        found = {seed: growth([row["step"] for row in mine], [row["spread"] for row in mine])
+                 for seed, mine in seeds.items()}
+        both = [run for run in found.values() if run["passed"] and run["predicted"]]
+        summary.append({
+            "part": part, "arm": arm, "seeds": len(found),
+            "parted": sum(run["first_step"] is not None for run in found.values()),
+            "broken": sum(run["passed"] is not None for run in found.values()),
+            "leaps": sum(run["leap"] is not None for run in found.values()),
+            "first_spread": [math.exp(value) if value is not None else None for value in interval(
+                [math.log(run["first_spread"]) for run in found.values() if run["first_spread"]])],
+            **{key: interval([run[key] for run in found.values()]) for key in ("rate", "r2", "passed")},
+            "predicted": interval([run["predicted"] for run in both]),
+            "predicted_minus_passed": interval([run["predicted"] - run["passed"] for run in both]),
+            "runs": found})
+    return {"arms": summary, "law": law(summary),
+            f"minus {SEEDED}": differences(summary)}
+
+
+def read_rows(path):
+    with open(path, newline="") as file:
+        return [{key: value if key in ("part", "arm") else float(value) if key in ("spread", "loss") else int(value)
+                 for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def draw_figures(rows, summary, directory):
+    plt = common.plot_style()
+
+    def save(figure, name):
+        common.save_atomically(directory / name, lambda temporary: figure.savefig(temporary, format="png"))
+        plt.close(figure)
+
+    def curves(axis, part):
+        which = [arm["arm"] for arm in summary if arm["part"] == part]
+        colors = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(which)))
+        for color, arm in zip(colors, which, strict=True):
+            for seed in sorted({row["seed"] for row in rows}):
+                mine = [row for row in rows if (row["part"], row["arm"], row["seed"]) == (part, arm, seed)]
+                axis.plot([row["step"] for row in mine], [row["spread"] or math.nan for row in mine], color=color,
+                          linewidth=1, alpha=0.8, label=arm if seed == 0 else None)
+        axis.axhline(BROKEN, color="0.4", linewidth=0.8, linestyle="--")
+        axis.set(yscale="log", xlabel="step", title=part, ylabel="spread, |W - mean| / |W|, largest")
+        axis.legend(fontsize=6)
+
+    parts = list(dict.fromkeys(arm["part"] for arm in summary))
+    figure, axes = plt.subplots(1, len(parts), figsize=(6 * len(parts), 4.5), squeeze=False, sharey=True,
+                                layout="constrained")
+    for axis, part in zip(axes[0], parts, strict=True):
+        curves(axis, part)
+    save(figure, "spread.png")
+
+    figure, (by_size, by_prediction) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    noises = [arm for arm in summary if arm["part"] == "noise"] or summary
+    for which, arm in enumerate(noises):
+        style = dict(linestyle="none", marker="osD^v<>P*X"[which // 10 % 10], color=f"C{which % 10}", label=arm["arm"])
+        runs = [run for run in arm["runs"].values() if run["passed"]]
+        by_size.plot([run["first_spread"] for run in runs], [run["passed"] for run in runs], **style)
+        runs = [run for run in runs if run["predicted"]]
+        by_prediction.plot([run["passed"] for run in runs], [run["predicted"] for run in runs], **style)
+    by_size.set(xscale="log", xlabel="first spread", ylabel=f"step at which the spread passes {BROKEN:.0%}")
+    by_size.legend(fontsize=6)
+    ends = [run[key] for arm in noises for run in arm["runs"].values() for key in ("passed", "predicted") if run[key]]
+    by_prediction.axline((min(ends, default=0),) * 2, slope=1, color="0.4", linewidth=0.8, linestyle="--")
+    by_prediction.set(xlabel="step, measured", ylabel=f"first step + ln({BROKEN} / first spread) / rate")
+    save(figure, "broken.png")
+
+
+def report(directory):
+    """Figures and tables of a run from its files, so that they can be had again at any time."""
+    directory = pathlib.Path(directory)
+    try:
+        rows, found = read_rows(directory / "metrics.csv"), json.loads((directory / "summary.json").read_text())
+        summary = found["arms"]
+    except (OSError, ValueError, KeyError) as error:
+        common.fail(f"argument --plot-only: {directory} holds no finished run ({error})")
+    draw_figures(rows, summary, directory)
+
+    def cell(value, digits):
+        mean, low, high = value
+        if mean is None:
+            return ""
+        return f"{mean:.{digits}g}" + (f" ({low:.{digits}g}, {high:.{digits}g})" if low is not None else "")
+
+    for part in dict.fromkeys(arm["part"] for arm in summary):
+        print(f"\n{part}: mean and 95 % interval over seeds\n{'':<24}{'broken':>8}{'first spread':>30}"
+              f"{'rate [1/step]':>26}{'R²':>7}{'step of 1 %':>22}{'predicted':>22}")
+        for arm in summary:
+            if arm["part"] == part:
+                r2 = "" if arm["r2"][0] is None else f"{arm['r2'][0]:.3f}"
+                print(f"{arm['arm']:<24}{arm['broken']:>3} of {arm['seeds']}{cell(arm['first_spread'], 2):>30}"
+                      f"{cell(arm['rate'], 3):>26}{r2:>7}{cell(arm['passed'], 3):>22}{cell(arm['predicted'], 3):>22}")
+    if found["law"]["rate"][0]:
+        print(f"\nover the noises of a seed, steps to 1 % against ln(1 / first spread): 1 / slope "
+              f"{cell(found['law']['rate'], 3)} per step, R² {', '.join(f'{r2:.2f}' for r2 in found['law']['r2'])}")
+    for arm, more in found[f"minus {SEEDED}"].items():
+        if arm != SEEDED and more["passed"][0] is not None:
+            print(f"{arm} minus {SEEDED}: rate {cell(more['rate'], 2)}, step of 1 % {cell(more['passed'], 3)}")
+
+
+def log_to_tensorboard(directory, rows):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(directory) as board:
+        for row in rows:
+            for key in ("spread", "loss"):
+                board.add_scalar(f"{key}/{row['part']}/{row['arm']}/seed{row['seed']}", row[key], row["step"])
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    if args.plot_only:
+        return report(args.plot_only)
+    *tensors, classes = common.load_data(args.dataset, args.data_dir, args.image_size)
+    if len(tensors[1]) < args.batch_size:
+        common.fail(f"argument --batch-size: {args.batch_size} is more than the {len(tensors[1])} training images")
+    data = [tensor.to(args.device) for tensor in tensors] + [classes]
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+    out = common.start_run(args, f"runs/symmetry/{args.dataset}",
+                           ("parts", "splits", "gaussian", "bit_steps", "dropout", "windows", "seeds", "device"))
+    pieces = {f"{part}, {arm}, {seed}": (args, data, seed, p, convert)
+              for part, arm, p, convert in arms(args) for seed in range(args.seeds)}
+    workers = 1 if args.device.startswith("cuda") else torch.get_num_threads()
+    try:
+        done = common.work(pieces, one_run, out, workers)
+    except KeyboardInterrupt:
+        return common.interrupted(out)
+    if done is None:
+        return 0
+    rows = [{"part": part, "arm": arm, "seed": seed, "step": step, "spread": value, "loss": loss}
+            for part, arm, _, _ in arms(args) for seed in range(args.seeds)
+            for step, value, loss in done[f"{part}, {arm}, {seed}"]]
+    common.write_csv(out / "metrics.csv", rows)
+    diverged = [row for row in rows if not math.isfinite(row["loss"])]
+    if diverged:
+        print("symmetry.py: diverged: the loss of {part}, {arm}, seed {seed} is not finite at step {step}; ".format(
+            **diverged[0]) + f"try a smaller --lr (was {args.lr}); metrics: {out}/metrics.csv", file=sys.stderr)
+        return 3
+    rows = read_rows(out / "metrics.csv")
+    common.write_json(out / "summary.json", summarise(rows))
+    if args.tensorboard:
+        log_to_tensorboard(out / "tensorboard", rows)
+    report(out)
+    print(f"\n{out}/: spread.png, broken.png, metrics.csv, summary.json, config.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

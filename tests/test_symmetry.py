@@ -1,0 +1,216 @@
+"""symmetry.py: the fit on made-up growth, the spread of known weights, equal arms, and the script from end to end."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import symmetry
+
+
+def arguments(*given):
+    return symmetry.parse_arguments([*map(str, given)])
+
+
+def digits():
+    *tensors, classes = common.load_data("digits", None)
+    return [*tensors, classes]
+
+
+def train(convert, *given, seed=0, p=0):
+    torch.use_deterministic_algorithms(True)
+    return symmetry.one_run(arguments(*given), digits(), seed, p, convert)
+
+
+def test_growth_of_an_exponential():
+    steps = np.arange(1, 200)
+    spreads = np.where(steps < 4, 0, 1e-8 * np.exp(0.11 * (steps - 4.0)))
+    found = symmetry.growth(steps, spreads)
+    assert (found["first_step"], found["first_spread"]) == (4, 1e-8)
+    assert found["rate"] == pytest.approx(0.11, rel=1e-6) and found["r2"] == pytest.approx(1)
+    assert found["fit_from"] == 4 + math.ceil(math.log(3) / 0.11) and found["fit_to"] == 4 + math.floor(math.log(1e5) / 0.11)
+    assert found["passed"] == 4 + math.ceil(math.log(1e6) / 0.11)
+    assert found["predicted"] == pytest.approx(4 + math.log(1e6) / 0.11, rel=1e-5)
+
+
+def test_growth_after_a_plateau_with_noise():
+    """The fit starts after the last spread below three times the first; its error is that of least squares."""
+    random, steps = np.random.default_rng(0), np.arange(1, 300)
+    error, rates = 0.1, []
+    for _ in range(200):
+        y = np.maximum(math.log(1e-7), math.log(1e-7) + 0.08 * (steps - 50)) + error * random.standard_normal(len(steps))
+        found = symmetry.growth(steps, np.minimum(np.exp(y), 0.5))
+        assert 55 < found["fit_from"] < 80 and 0.9 < found["r2"] < 1
+        rates.append(found["rate"])
+    points = found["fit_to"] - found["fit_from"] + 1
+    deviation = error * math.sqrt(12 / points ** 3)
+    assert abs(np.mean(rates) - 0.08) < 0.001 and 0.6 * deviation < np.std(rates) < 1.6 * deviation
+
+
+def test_a_leap_ends_the_fit():
+    steps = np.arange(1, 200)
+    spreads = 1e-8 * np.exp(0.1 * steps) * np.where(steps < 80, 1, 20)
+    found = symmetry.growth(steps, spreads)
+    assert found["leap"] == 80 and found["fit_to"] == 79 and found["rate"] == pytest.approx(0.1)
+    assert found["predicted"] - found["passed"] == pytest.approx(math.log(20) / 0.1, abs=1)
+    assert symmetry.growth(steps, 1e-8 * np.exp(0.1 * steps) * np.where(steps < 80, 1, 5))["leap"] is None
+
+
+def test_growth_where_there_is_none():
+    assert set(symmetry.growth([1, 2, 3], [0.0, 0.0, 0.0]).values()) == {None}
+    found = symmetry.growth([1, 2, 3, 4], [0.0, 1e-9, 1e-9, 0.0])   # it went away again
+    assert found["first_step"] == 2 and found["rate"] is None is found["passed"]
+    found = symmetry.growth([1, 2, 3], [0.0, 1e-3, 0.5])             # too fast to be fitted
+    assert found["passed"] == 3 and found["rate"] is None
+    found = symmetry.growth(range(50), np.exp(-0.1 * np.arange(50)) * 1e-5)   # it shrinks
+    assert found["predicted"] is None
+
+
+def test_spread_of_known_weights():
+    weight = torch.tensor([[3.0, 0.0], [1.0, 0.0]]).view(2, 1, 1, 2)   # mean (2, 0): off by 1 each
+    assert symmetry.spread(weight) == pytest.approx(math.sqrt(2 / 10))
+    for channels in (3, 16, 48):   # equal to the bit, whatever the value
+        assert symmetry.spread(torch.rand(1, 5, 3, 3).expand(channels, -1, -1, -1)) == 0
+    assert symmetry.spread(torch.zeros(4, 2, 3, 3)) == 0
+    one_ulp = torch.ones(16, 4, 3, 3)
+    one_ulp[0, 0, 0, 0] += 2.0 ** -23
+    assert symmetry.spread(one_ulp) == pytest.approx(2.0 ** -23 * math.sqrt(15 / 16 / (16 * 36)), rel=1e-6)
+
+
+def test_interval():
+    values = [1.0, 2.0, 4.0, 5.0]
+    assert symmetry.interval([*values, None]) == pytest.approx([3, 3 - 3.18 * math.sqrt(10 / 3) / 2,
+                                                                3 + 3.18 * math.sqrt(10 / 3) / 2])
+    assert symmetry.interval([2.0]) == [2.0, None, None] and symmetry.interval([None]) == [None] * 3
+    random, held = np.random.default_rng(0), 0
+    for _ in range(2000):
+        _, low, high = symmetry.interval(list(random.standard_normal(12)))
+        held += low < 0 < high
+    assert abs(held / 2000 - 0.95) < 5 * math.sqrt(0.05 * 0.95 / 2000)
+
+
+def test_law_and_differences():
+    """Made-up arms whose time follows from their size: the rate comes back, whatever they have in common."""
+    def rows(arm, seed, size, rate):
+        return [{"part": "noise", "arm": arm, "seed": seed, "step": step, "spread": size * math.exp(rate * step), "loss": 1.0}
+                for step in range(1, 400)]
+
+    seeds = {0: 0.1, 1: 0.12, 2: 0.09}
+    found = symmetry.summarise([row for seed, rate in seeds.items() for arm, size, more in [
+        ("a", 1e-12, 0), ("b", 1e-6, 0), ("order, G = 8", 1e-7, 0), (symmetry.HARDWARE, 1e-8, 0.01)]
+        for row in rows(arm, seed, size, rate + more)])
+    a = found["arms"][0]
+    assert a["broken"] == a["parted"] == 3 and a["rate"][0] == pytest.approx(np.mean(list(seeds.values())))
+    assert abs(a["predicted_minus_passed"][0]) < 1 and a["first_spread"][0] == pytest.approx(1e-12, rel=0.2)
+    assert found["law"]["rate"][0] == pytest.approx(np.mean(list(seeds.values())), rel=0.08) and min(found["law"]["r2"]) > 0.97
+    assert found["minus order, G = 8"][symmetry.HARDWARE]["rate"] == pytest.approx([0.01] * 3)
+    assert found["minus order, G = 8"]["order, G = 8"]["passed"] == [0, 0, 0]
+
+
+def test_the_model_starts_as_constnet():
+    import constnet
+
+    mine, theirs = symmetry.Constnet(3, 10, 6), constnet.Constnet(3, 10, 6)
+    constnet.initialise(theirs, "abcd")
+    state = theirs.state_dict()
+    assert list(mine.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in mine.state_dict().items())
+    for model in (mine, theirs):   # and computes what it computes
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(mine(x), theirs(x))
+
+
+QUIET = [dict(order="shuffled", splits=2), dict(order="shuffled", splits=1), dict(noise="gaussian", ulps=0),
+         dict(order="shuffled", steps=(50, 60))]
+
+
+@pytest.mark.parametrize("convert", QUIET, ids=str)
+def test_arms_without_noise_never_break_and_are_equal(convert):
+    rows = train(convert, "--steps", 12)
+    assert len(rows) == 12 and all(value == 0 for _, value, _ in rows)
+    assert rows == train({"splits": convert.get("splits", 8)}, "--steps", 12)
+
+
+@pytest.mark.parametrize("convert,p", [(dict(order="shuffled"), 0), (dict(noise="gaussian", ulps=0.25), 0),
+                                       (dict(noise="stochastic"), 0), ({}, 0.01),
+                                       (dict(order="shuffled", layers="stages.2.1.conv", steps=(3, 4)), 0)], ids=str)
+def test_noise_parts_the_channels_and_repeats(convert, p):
+    rows = train(convert, "--steps", 8, p=p)
+    assert rows[0][1] == 0 and rows[-1][1] > 0 and rows == train(convert, "--steps", 8, p=p)
+    assert rows != train(convert, "--steps", 8, p=p, seed=1)
+    quiet = train({}, "--steps", 8)
+    assert rows[0] == quiet[0]                       # the same batches and weights at the start
+    if "steps" in convert:
+        assert rows[:3] == quiet[:3] and rows[3][1] > 0
+
+
+def test_the_seed_is_the_noises_too():
+    noise = dict(noise="gaussian", ulps=0.25)
+    assert train(noise, "--steps", 3, seed=1) == train({**noise, "seed": 1}, "--steps", 3, seed=1)
+    assert train(noise, "--steps", 3, seed=1) != train({**noise, "seed": 0}, "--steps", 3, seed=1)
+
+
+def test_a_run_ends_where_symmetry_is_broken():
+    rows = train({}, "--steps", 60, p=0.1)
+    assert len(rows) < 60 and rows[-1][1] > symmetry.END >= rows[-2][1]
+
+
+# ------------------------------------------------------------------------------------------------------------ the script
+
+QUICK = ("--blocks", 3, "--steps", 6, "--seeds", 2, "--splits", 2, 8, "--gaussian", -1, "--bit-steps", 1, "--windows", "1:3")
+
+
+def test_script_resume_and_plot_only(run, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = run("symmetry.py", *QUICK, "--parts", "layers", "windows", "--out", whole)
+    assert done.returncode == 0 and "stages.2.0.shortcut" in done.stdout, done.stderr
+    assert {"spread.png", "broken.png", "metrics.csv", "summary.json", "config.json"} <= {p.name for p in whole.iterdir()}
+    assert run("symmetry.py", *QUICK, "--parts", "windows", "--out", parts).returncode == 0
+    (parts / "done" / "windows, 1:3, 1.json").unlink()             # as after a kill
+    assert run("symmetry.py", *QUICK, "--parts", "layers", "windows", "--out", parts, "--resume").returncode == 0
+    for name in ("metrics.csv", "summary.json"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    before = (whole / "spread.png").read_bytes()
+    assert run("symmetry.py", "--plot-only", whole).returncode == 0
+    assert (whole / "spread.png").read_bytes() == before
+    assert run("symmetry.py", *QUICK[:-4], "--lr", 0.1, "--out", parts, "--resume").returncode == 2
+
+
+def test_script_noise_part_and_two_processes(run, tmp_path):
+    """Two processes write what one writes, but for hardware order, which differs from run to run."""
+    rows = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        done = run("symmetry.py", *QUICK, "--parts", "noise", "--out", out, processes=processes)
+        assert done.returncode == 0, done.stderr
+        rows.append([row for row in symmetry.read_rows(out / "metrics.csv") if row["arm"] != symmetry.HARDWARE])
+    assert rows[0] == rows[1] and len(rows[0]) == 6 * 2 * 6
+    arms = {arm["arm"]: arm for arm in json.loads((tmp_path / "1" / "summary.json").read_text())["arms"]}
+    assert arms["order, G = 2"]["parted"] == 0 and arms["order, G = 8"]["parted"] == arms["Gaussian, 2^-1 ulp"]["parted"] == 2
+    assert symmetry.HARDWARE in arms and "one bit at step 1" in arms and "dropout 0.01" in arms
+
+
+def test_divergence_is_exit_3_and_keeps_the_metrics(run, tmp_path):
+    done = run("symmetry.py", *QUICK, "--parts", "windows", "--lr", 1e30, "--out", tmp_path / "a")
+    assert done.returncode == 3 and "diverged" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "a" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("given,complaint", [
+    (["--parts", "noises"], "--parts"), (["--splits", 0], "--splits"), (["--splits", 65], "--splits"),
+    (["--gaussian", 40], "--gaussian"), (["--bit-steps", -1], "--bit-steps"), (["--bit-layer", "x"], "stages.1.0.conv"),
+    (["--dropout", 1], "--dropout"), (["--windows", "3"], "--windows"), (["--windows", "3:3"], "--windows"),
+    (["--blocks", 4], "--blocks"), (["--seeds", 0], "--seeds"), (["--steps", 0], "--steps"), (["--lr", "nan"], "--lr"),
+    (["--dataset", "imagenet"], "--dataset"),
+])
+def test_bad_input_is_one_line_and_exit_2(capsys, given, complaint):
+    with pytest.raises(SystemExit) as stopped:
+        arguments(*given)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and complaint in error and error.count("\n") == 1
