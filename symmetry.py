@@ -434,7 +434,7 @@ def main(argv=None):
         done = common.work(pieces, one_run, out, workers)
     except KeyboardInterrupt:
         return common.interrupted(out)
-    if done is None:
+    if not common.first_process():
         return 0
     rows = [{"part": part, "arm": arm, "seed": seed, "step": step, "spread": value, "loss": loss}
             for part, arm, _, _ in arms(args) for seed in range(args.seeds)
