@@ -28,13 +28,14 @@ class Report(list):
     """What an audit found; print it for a table. A list of dicts, one for each operation, pass and device:
 
     "operation", "pass", "device"; under each name of CHECKS "yes", "no" or "-" (does not apply); and "failures":
-    {check: the first case that failed and the largest difference, relative to the largest entry}.
+    {check: the cases that failed, each with the largest difference, relative to the largest entry}. The table shows the
+    first of them.
     """
 
     def __str__(self):
         head = ("operation", "pass", "device", *CHECKS, "first failure")
-        lines = [head, *((*(row[key] for key in head[:-1]),
-                          "; ".join(f"{check}: {case}" for check, case in row["failures"].items())) for row in self)]
+        lines = [head, *((*(row[key] for key in head[:-1]), "; ".join(f"{check}: {cases[0]}" for check, cases in
+                                                                      row["failures"].items())) for row in self)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
@@ -190,7 +191,7 @@ def rows(operation, device, cases, seed=0, one=False):
         found = [check(case, seed) for case in cases]
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         return [{"operation": operation, "pass": "forward", "device": device, **dict.fromkeys(CHECKS, "-"),
-                 "failures": {"error": str(error).splitlines()[0]}}]
+                 "failures": {"error": [str(error).splitlines()[0]]}}]
     result = {}
     for p, checks in [(p, checks) for passes in found for p, checks in passes.items()]:
         name = "gradients" if one and p != "forward" else p
@@ -198,7 +199,7 @@ def rows(operation, device, cases, seed=0, one=False):
                                        **dict.fromkeys(CHECKS, "-"), "failures": {}})
         for which, failure in checks.items():
             if failure:
-                row["failures"].setdefault(which, failure if name == p else f"{p} {failure}")
+                row["failures"].setdefault(which, []).append(failure if name == p else f"{p} {failure}")
             row[which] = "no" if failure or row[which] == "no" else "yes"
     return list(result.values())
 
