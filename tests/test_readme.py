@@ -1,5 +1,6 @@
 """What the README says can be run, runs; what it shows is committed."""
 
+import json
 import re
 
 import ordered_reduce
@@ -53,4 +54,15 @@ def test_my_training_run_will_not_repeat(capsys):
     rows = ordered_reduce.audit(names[2]["model"], torch.randn(32, 3, 8, 8))
     rows = [row for row in rows if row["pass"] in ("gradient of weight", "gradient of bias")]
     assert len(rows) == 4 and all(row["repeats"] == row["threads"] == "yes" for row in rows)
-    assert f"list of {len(OPERATIONS)}\noperations" in section
+    saved = json.loads((ROOT / "results/audit/cpu.json").read_text())
+    assert {row["operation"] for row in saved["rows"]} == set(OPERATIONS)
+
+    def operations(check, *verdicts):
+        return len({row["operation"] for row in saved["rows"] if row[check] in verdicts})
+
+    text = " ".join(section.split())
+    assert f"list of {len(OPERATIONS)} operations" in text and operations("repeats", "no", "-") == 0
+    assert (f"{operations('equal channels', 'no')} of the {operations('equal channels', 'yes', 'no')} that have" in text and
+            f"{operations('threads', 'no')} of {operations('threads', 'yes', 'no')} give" in text and
+            f"{operations('batch', 'no')} of {operations('batch', 'yes', 'no')} in a smaller" in text)
+    assert not re.search(r"\b(16|64|160) channels", str([row["failures"].get("equal channels") for row in saved["rows"]]))
