@@ -253,6 +253,38 @@ def test_training_names_what_does_not_repeat(device):
     assert found["repeats"] == {"step": 0, "module": "2", "pass": "initial weight"}
 
 
+class UnequalBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.cat([grad[:, :1] * ULP, grad[:, 1:]], 1)
+
+
+class Unequal(nn.Module):
+    def forward(self, x):
+        return UnequalBackward.apply(x)
+
+
+class Fork(nn.Module):   # two readers of one tensor
+    def __init__(self):
+        super().__init__()
+        self.even, self.odd = nn.Identity(), Unequal()
+
+    def forward(self, x):
+        return self.even(x) + self.odd(x)
+
+
+def test_backward_culprits_are_told_from_the_other_readers_of_a_tensor(device):
+    found = ordered_reduce.audit_training(symmetric(device, extra=[Fork()]), 1)
+    assert found["apart"].items() >= {"step": 0, "module": "6.odd", "pass": "gradient of input"}.items()
+    report = ordered_reduce.audit(Fork().to(device), torch.randn(4, 16, device=device, requires_grad=True))
+    assert [(row["operation"], row["pass"]) for row in report if row["equal channels"] == "no"] == [
+        ("odd (Unequal)", "gradient of input"), ("the whole model (Fork)", "gradients")]
+
+
 def test_training_names_dropout_though_its_difference_is_large(device):
     found = ordered_reduce.audit_training(symmetric(device, extra=[nn.Dropout(0.1)]), 2)
     assert found["repeats"] is None and found["apart"].items() >= {"step": 0, "module": "6", "pass": "output"}.items()
