@@ -4,11 +4,15 @@
     ordered_reduce.conv2d, ordered_reduce.linear     PyTorch's layers with ordered weight gradients
     policy = ordered_reduce.convert(model, order="shuffled"); ...; optimizer.step(); policy.step()
     ordered_reduce.noisy(weight, "gaussian", ulps=0.1)   a weight with seeded noise in its gradient; convert(noise=...)
+    ordered_reduce.audit(model, input)               which modules repeat, and treat equal channels equally
+    ordered_reduce.audit_training(make, steps)       where a run first fails to repeat or equal channels come apart
     ordered_reduce.cuda_built()                      True where the CUDA kernels were compiled in
 """
 
+from .checks import Report, audit
 from .layers import Policy, conv2d, convert, linear
 from .noise import noisy
 from .ops import cuda_built, sum
+from .training import audit_training
 
-__all__ = ["Policy", "conv2d", "convert", "cuda_built", "linear", "noisy", "sum"]
+__all__ = ["Policy", "Report", "audit", "audit_training", "conv2d", "convert", "cuda_built", "linear", "noisy", "sum"]

@@ -30,6 +30,13 @@ def _pair(value):
     return [value, value] if isinstance(value, int) else list(value)
 
 
+def _whole(t, dim):
+    """t with its channels, which lie along dim, filled up with zeros to a multiple of 16: the library's kernels may add
+    up the last few of another number in another order, and equal channels would differ."""
+    missing = -t.shape[dim] % 16
+    return F.pad(t, [0, 0] * (t.ndim - 1 - dim) + [0, missing]) if missing else t
+
+
 def _conv2d_weight_partials(grad, x, weight, stride, padding, dilation, groups, splits):
     """(G, *weight.shape): the weight gradients of G consecutive groups of samples."""
 
@@ -40,6 +47,10 @@ def _conv2d_weight_partials(grad, x, weight, stride, padding, dilation, groups, 
     if weight.shape[2:] == (1, 1) and padding == [0, 0] and groups == 1:   # a matrix product: every pixel is a row
         x = x[:, :, ::stride[0], ::stride[1]]
         return _linear_weight_partials(grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), splits)[..., None, None]
+    shape = weight.shape
+    if groups == 1:
+        grad, x = _whole(grad, 1), _whole(x, 1)
+        weight = weight.new_empty(grad.shape[1], x.shape[1], *shape[2:])   # its values are not used
     batch, G = x.shape[0], max(1, min(splits, x.shape[0]))
     # A library call on a CPU costs a fifth of a millisecond whatever its size. Small partial gradients are therefore
     # taken in one call, as a convolution whose channel groups are the groups of samples. (Thin ones only where they are
@@ -51,21 +62,26 @@ def _conv2d_weight_partials(grad, x, weight, stride, padding, dilation, groups, 
             t = t.reshape(G, batch // G, *t.shape[1:]).transpose(0, 1)
             return t.reshape(batch // G, G * t.shape[2], *t.shape[3:])
 
-        shape_alone = weight.new_empty(G * weight.shape[0], *weight.shape[1:])   # its values are not used
-        return weight_gradient(beside(grad), beside(x), shape_alone, G * groups).view(G, *weight.shape)
-    return torch.stack([weight_gradient(g, s, weight, groups)
-                        for g, s in zip(grad.tensor_split(G), x.tensor_split(G), strict=True)])
+        many = weight.new_empty(G * weight.shape[0], *weight.shape[1:])
+        partials = weight_gradient(beside(grad), beside(x), many, G * groups).view(G, *weight.shape)
+    else:
+        partials = torch.stack([weight_gradient(g, s, weight, groups)
+                                for g, s in zip(grad.tensor_split(G), x.tensor_split(G), strict=True)])
+    return partials[:, :shape[0], :shape[1]]
 
 
 def _linear_weight_partials(grad, x, splits):
     """(G, out, in): the weight gradients of G consecutive groups of samples (the first dimension)."""
-    batch, G = x.shape[0], max(1, min(splits, x.shape[0]))
+    batch, G, shape = x.shape[0], max(1, min(splits, x.shape[0])), (grad.shape[-1], x.shape[-1])
     rows = x.shape[:-1].numel() // batch if batch else 0    # of a sample
+    grad, x = _whole(grad, grad.ndim - 1), _whole(x, x.ndim - 1)
     if batch % G == 0:
-        return torch.bmm(grad.reshape(G, batch // G * rows, grad.shape[-1]).transpose(1, 2),
-                         x.reshape(G, batch // G * rows, x.shape[-1]))
-    return torch.stack([g.reshape(-1, grad.shape[-1]).t() @ s.reshape(-1, x.shape[-1])
-                        for g, s in zip(grad.tensor_split(G), x.tensor_split(G), strict=True)])
+        partials = torch.bmm(grad.reshape(G, batch // G * rows, grad.shape[-1]).transpose(1, 2),
+                             x.reshape(G, batch // G * rows, x.shape[-1]))
+    else:
+        partials = torch.stack([g.reshape(-1, grad.shape[-1]).t() @ s.reshape(-1, x.shape[-1])
+                                for g, s in zip(grad.tensor_split(G), x.tensor_split(G), strict=True)])
+    return partials[:, :shape[0], :shape[1]]
 
 
 def _add_partials(partials, weight, order, splits, seed, step, op, scope):

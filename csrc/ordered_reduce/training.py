@@ -1,0 +1,190 @@
+"""`audit_training`: where does a training run first fail to repeat, where do equal channels first come apart, and how
+little noise in the order of additions is enough for that?"""
+
+import contextlib
+import glob
+import hashlib
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from .checks import channel_dims, difference, first_channel, rounding, seeded
+from .layers import convert
+
+
+def _sides(t):
+    """{dimension: whether the outputs or the inputs of a layer lie along it} of a parameter."""
+    return dict(list({0: "out", 1: "in"}.items())[:t.ndim])
+
+
+@contextlib.contextmanager
+def _watching(model, see):
+    """While open, see(module, pass, tensor, sides) is told, in the order of their computation, what every leaf module
+    reads and writes, the gradients of both, and the gradients of parameters."""
+    hooks = []
+
+    def look(name, module, what, side, t):
+        sides = dict.fromkeys(channel_dims(module, t), side)
+        see(name, what, t, sides)
+        if not t.requires_grad or not torch.is_grad_enabled():
+            return t
+        t = t.view_as(t)   # a view for every reader: the gradient that arrives is this reader's alone
+        t.register_hook(lambda g: see(name, f"gradient of {what}", g, sides))
+        return t
+
+    def watch(name, module):
+        def before(module, args, kwargs):
+            return tree_map_only(torch.Tensor, lambda t: look(name, module, "input", "in", t), (args, kwargs))
+
+        def after(module, args, output):
+            return tree_map_only(torch.Tensor, lambda t: look(name, module, "output", "out", t), output)
+
+        hooks.extend([module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)])
+
+    for name, module in model.named_modules():
+        if not list(module.children()) or isinstance(module, nn.MultiheadAttention):
+            watch(name, module)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            module, _, what = name.rpartition(".")
+            hooks.append(p.register_post_accumulate_grad_hook(
+                lambda p, module=module, what=what: see(module, f"gradient of {what}", p.grad, _sides(p))))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _train(make, steps, see, seed):
+    """A run of make()'s; see(step, module, pass, tensor, sides) is told of everything, first of the initial weights."""
+    with seeded(seed):
+        model, step = make()
+        now = 0
+
+        def weights(what):
+            for name, p in model.named_parameters():
+                see(now, name.rpartition(".")[0], what + name.rpartition(".")[2], p, _sides(p))
+
+        weights("initial ")
+        with _watching(model, lambda *event: see(now, *event)):
+            for now in range(steps):
+                step(now)
+                weights("")
+
+
+def _narrowest(n, suffices):
+    """(first, end), 0 <= first < end <= n, that suffices and in which neither end can move. suffices(0, n) must hold,
+    and suffices(a, b) must imply that all windows around it suffice."""
+    no, end = 0, n
+    while no + 1 < end:
+        middle = (no + end) // 2
+        no, end = (no, middle) if suffices(0, middle) else (middle, end)
+    first, no = 0, end
+    while first + 1 < no:
+        middle = (first + no) // 2
+        first, no = (middle, no) if suffices(middle, end) else (first, middle)
+    return first, end
+
+
+def _smallest_window(make, steps, order, splits, seed, spread):
+    def run(layers, window):
+        """The parameters after a run with `order` in the given layers and steps, fixed elsewhere."""
+        with seeded(seed):
+            model, step = make()
+            convert(model)
+            policy = convert(model, order, splits, seed, layers=[glob.escape(name) for name in layers], steps=window)
+            for number in range(steps):
+                step(number)
+                policy.step()
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    def apart(t, dim):
+        mean = t.mean(dim, keepdim=True)
+        return not torch.equal(t, first_channel(t, dim)) and ((t - mean).norm() / t.norm()).item() >= spread
+
+    with seeded(seed):
+        names = convert(make()[0]).layers
+    quiet = run(names, (steps, steps + 1))
+    kept = [(name, dim) for name, p in quiet.items() for dim in _sides(p)
+            if p.shape[dim] > 1 and torch.equal(p, first_channel(p, dim))]
+
+    def suffices(layers, window):
+        after = run(layers, window)
+        return any(apart(after[name], dim) for name, dim in kept)
+
+    if not kept or not suffices(names, (0, steps)):
+        return None
+    first, end = _narrowest(len(names), lambda a, b: suffices(names[a:b], (0, steps)))
+    return {"layers": names[first:end], "steps": _narrowest(steps, lambda a, b: suffices(names[first:end], (a, b)))}
+
+
+def audit_training(make, steps, *, order="shuffled", splits=8, seed=0, spread=0.0):
+    """Looks for the first places where a training run does not repeat and where equal channels come apart.
+
+    The run is made twice and watched: what every leaf module reads and writes, the gradients of both, the gradients of
+    the parameters and the parameters after every step, in the order of their computation. For the window it is made
+    about 2 log2(layers) + 2 log2(steps) times more, with all Conv2d and Linear layers converted.
+
+    Args:
+      make: () -> (model, step), both new and in the same state at every call; step(i) does training step i (forward,
+        backward, optimizer) on the same batch every time. PyTorch's generators are seeded before each call.
+      steps: the number of steps of a run.
+      order, splits, seed: the noise whose smallest window is sought, as in `convert`; seed is the generators' as well.
+      spread: channels count as broken by a window where at the end of the run ||W - mean over channels|| / ||W|| of
+        some parameter has reached this; 0: where a bit differs.
+
+    Returns a dict of three, each None where there is nothing to report:
+      "repeats": {"step", "module", "pass"}, the first tensor that had other bits in the second run. An "initial ..."
+        pass is a parameter before training: its initialisation is not seeded; "input" of the first module: the batches
+        are not the same.
+      "apart": {"step", "module", "pass", "difference"}, the first tensor whose channels were copies and no longer are,
+        and by how much, relative to its largest entry. "input" and "gradient of output" stand for what is computed
+        between modules. Channels whose first difference exceeds the square root of the precision are taken to differ
+        by design (classes, the colours of an image), unless a module keeps its input's shape, the input's channels
+        are copies, and the output's are not (dropout).
+      "window": {"layers": [names], "steps": (first, end)}, so that convert(model, order, layers=..., steps=...) with
+        `fixed` everywhere else breaks channels that stay copies without it. The layers are consecutive ones of
+        model.named_modules(), narrowed with the order in force at all steps; then the steps are narrowed. Neither end
+        of either can move further. Both are found by bisection, which assumes monotony: that a window around a
+        sufficient window suffices. There may be other windows, shorter ones too. None also where no channels stay
+        copies without noise.
+
+    Raises ValueError for a wrong argument or where the model has no Conv2d or Linear layer, and what make and step
+    raise.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    events, differ, equal_input = [], set(), {}
+    repeats = apart = None
+
+    def digest(step, module, what, t):
+        bits = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return step, module, what, hashlib.blake2b(bits, digest_size=8).digest()
+
+    def first_run(step, module, what, t, sides):
+        nonlocal apart
+        events.append(digest(step, module, what, t))
+        for dim, side in sides.items() if apart is None else ():
+            t = t.detach()
+            copies = t.shape[dim] < 2 or torch.equal(t, first_channel(t, dim))
+            if what == "input":
+                equal_input[module] = t.shape if copies else None
+            if copies or (module, side) in differ:
+                continue
+            size = difference(t, first_channel(t, dim))
+            if size <= rounding(t) or (what == "output" and equal_input.get(module) == t.shape):
+                apart = {"step": step, "module": module, "pass": what, "difference": size}
+                return
+            differ.add((module, side))
+
+    def second_run(step, module, what, t, sides):
+        nonlocal repeats
+        if repeats is None and digest(step, module, what, t) != next(rest, None):
+            repeats = {"step": step, "module": module, "pass": what}
+
+    _train(make, steps, first_run, seed)
+    rest = iter(events)
+    _train(make, steps, second_run, seed)
+    return {"repeats": repeats, "apart": apart, "window": _smallest_window(make, steps, order, splits, seed, spread)}
