@@ -1,12 +1,13 @@
-"""Speed on the CPU, as ratios measured in one run: `sum` against torch.sum, a Constnet step against PyTorch's own, the
-grid of mlp_replicated.py against one network after the other; and which kernels' bits depend on the number of threads.
+"""Speed on the CPU, as ratios measured in one run: `sum` against torch.sum, exact against fixed order, a Constnet step
+against PyTorch's own, the grid of mlp_replicated.py against one network after the other; and which kernels' bits depend
+on the number of threads.
 
     python bench/cpu.py [--out results/bench/cpu.json]      # about 4 minutes on two cores, 1.1 GB
 
 The two sides of a ratio alternate, and the ratio is the median of the pairs' ratios, so that a machine that slows down
-for a while slows both. Reach: sum at least 0.9 of torch.sum's throughput, a step at most 1.25 times native's, the
-symmetry measures at most 5 % of a step; the grid at least 4 times faster, and at least 60 % of the rate of a large
-matrix product. --only runs one part and leaves the others' numbers in the file.
+for a while slows both. Reach: sum at least 0.9 of torch.sum's throughput, exact at least 0.5 of fixed's, a step at most
+1.25 times native's, the symmetry measures at most 5 % of a step; the grid at least 4 times faster, and at least 60 % of
+the rate of a large matrix product. --only runs one part and leaves the others' numbers in the file.
 """
 
 import argparse
@@ -54,6 +55,21 @@ def sums():
                                           lambda: terms.sum() if dim is None else terms.sum(dim))
             rows.append({"what": f"sum fixed, 2^{exponent}, {name}", "throughput_of_torch_sum": round(ratio, 3),
                          "microseconds": round(ours * 1e6, 1), "torch_microseconds": round(theirs * 1e6, 1)})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def exact():
+    rows = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for shape, dim in (((1 << 20,), None), ((1 << 24,), None), ((4096, 4096), 1), ((4096, 4096), 0),
+                           ((1 << 18, 64), 1), ((64, 1 << 18), 0)):
+            x = torch.randn(shape).to(dtype)
+            ratio, ours, theirs = compare(lambda: ordered_reduce.sum(x, dim, order="exact"),
+                                          lambda: ordered_reduce.sum(x, dim), seconds=1)
+            rows.append({"what": f"sum exact, {str(dtype)[6:]}, {' x '.join(map(str, shape))}, dim {dim}",
+                         "throughput_of_fixed": round(ratio, 3), "microseconds": round(ours * 1e6, 1),
+                         "fixed_microseconds": round(theirs * 1e6, 1)})
             print(rows[-1], flush=True)
     return rows
 
@@ -177,11 +193,11 @@ def grid():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default="results/bench/cpu.json")
-    parser.add_argument("--only", choices=("threads", "steps", "sums", "grid"), help="default: all")
+    parser.add_argument("--only", choices=("threads", "steps", "sums", "exact", "grid"), help="default: all")
     args = parser.parse_args()
     result = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
     result.update(common.environment(torch.device("cpu")))
-    for part in (threads, steps, sums, grid):
+    for part in (threads, steps, sums, exact, grid):
         if args.only in (None, part.__name__):
             result[part.__name__] = part()
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -486,6 +486,7 @@ struct Sum {
 }  // namespace
 
 void sum_cpu(const Reduction& r, const Tensor& x, Tensor& out) {
+  if (r.order == Order::exact) return exact_cpu(r, x, out);
   switch (x.scalar_type()) {
     case ScalarType::Float: return Sum<float>(r, x, out).run();
     case ScalarType::Double: return Sum<double>(r, x, out).run();

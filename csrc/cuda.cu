@@ -5,6 +5,7 @@
 //               same kernel sums the lane sums of the pieces until one piece is left: the rest of the same tree.
 //   combine     the partial sums of the groups, one after the other or shuffled, one thread an output.
 //   race        the same partial sums with atomicAdd, one thread a (group, output).
+//   exact_sums  the order "exact": the split and the integer of exact.h, which no order can change.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -14,6 +15,7 @@
 
 #include <algorithm>
 
+#include "exact.h"
 #include "ops.h"
 
 namespace ordered {
@@ -222,6 +224,97 @@ __global__ void convert(const Acc* x, T* out, int64_t n) {
     out[i] = T(x[i]);
 }
 
+constexpr int kExactWarps = 4;                   // in a block of exact_sums
+constexpr int kBatch = 16;                       // terms that a thread splits together; a warp: 512, of most kSplit
+constexpr int64_t kBetweenCarries = 1 << 24;     // terms of one exact sum, well below Exact::kMost
+constexpr int64_t kExactPiece = 1 << 16;         // terms of one output that one block sums, at least
+
+__device__ void add_shared(Exact& exact, double x) {
+  const uint32_t seen = Exact::put(x, [&](int k, int64_t change) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(&exact.digit[k]), static_cast<unsigned long long>(change));
+  });
+  if (seen & ~exact.seen) atomicOr(&exact.seen, seen);
+}
+
+// A block sums one piece of the terms of one output, or (ACROSS) of 32 neighbouring ones, one to each threadIdx.x. With
+// one piece it rounds the sum as well; with more, whole[output] gathers them.
+template <class T, bool ACROSS>
+__global__ void exact_sums(Reduction r, const T* __restrict__ x, T* out, Exact* whole, int64_t piece, int64_t pieces) {
+  constexpr int kOutputs = ACROSS ? kLanes : 1, kThreads = kLanes * kExactWarps;
+  constexpr int kTogether = ACROSS ? kExactWarps : kThreads;     // threads that share an output
+  __shared__ Exact shared[kOutputs];
+  const int thread = threadIdx.y * kLanes + threadIdx.x, first = ACROSS ? threadIdx.y : thread;
+  Exact& exact = shared[ACROSS ? threadIdx.x : 0];
+  const int64_t columns = (r.outputs() + kOutputs - 1) / kOutputs;
+  for (int64_t job = blockIdx.x; job < columns * pieces; job += gridDim.x) {
+    if (thread < kOutputs) shared[thread].clear();
+    __syncthreads();
+    const int64_t output = job % columns * kOutputs + (ACROSS ? threadIdx.x : 0);
+    const bool mine = output < r.outputs();
+    const T* terms = x + output / r.inner * r.outer_stride + output % r.inner * r.inner_stride;
+    const int64_t begin = job / columns * piece, end = min(r.terms, begin + piece);
+    for (int64_t from = begin; from < end; from += kBetweenCarries) {
+      const int64_t to = min(end, from + kBetweenCarries);
+      for (int64_t at = from; at < to; at += kBatch * kTogether) {   // the same number of times in every thread
+        double v[kBatch];
+        int exponent = 1;
+        bool minus_zeros = true;
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          const int64_t i = at + k * kTogether + first;
+          v[k] = mine && i < to ? double(terms[i * r.term_stride]) : -0.0;   // which changes no sum
+          exponent = max(exponent, int(bits_of(v[k]) >> 52 & 0x7FF));
+          minus_zeros &= bits_of(v[k]) == uint64_t{1} << 63;
+        }
+        if (!ACROSS) exponent = __reduce_max_sync(~0u, exponent);    // one sigma for the warp
+        if (exponent >= kHuge) {
+          for (int k = 0; k < kBatch; ++k) add_shared(exact, v[k]);
+          continue;
+        }
+        const double sigma = sigma_for(exponent);
+        double sum = 0, rest = 0;
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          sum += split(v[k], sigma);
+          rest += split(v[k], sigma * kSecond);
+          if (v[k] != 0) add_shared(exact, v[k]);
+        }
+        if (!ACROSS)
+          for (int half = kLanes / 2; half > 0; half /= 2) {         // exact, so in any order
+            sum += __shfl_xor_sync(~0u, sum, half);
+            rest += __shfl_xor_sync(~0u, rest, half);
+          }
+        if (!minus_zeros) atomicOr(&exact.seen, Exact::kNotMinusZero);
+        if (ACROSS || threadIdx.x == 0) {
+          if (sum != 0) add_shared(exact, sum);
+          if (rest != 0) add_shared(exact, rest);
+        }
+      }
+      __syncthreads();
+      if (thread < kOutputs) shared[thread].carry();
+      __syncthreads();
+    }
+    const int64_t o = job % columns * kOutputs + thread;
+    if (thread < kOutputs && o < r.outputs()) {
+      if (pieces == 1) {
+        out[o] = shared[thread].template rounded<T>();
+      } else {
+        for (int k = 0; k < Exact::kDigits; ++k)
+          atomicAdd(reinterpret_cast<unsigned long long*>(&whole[o].digit[k]),
+                    static_cast<unsigned long long>(shared[thread].digit[k]));
+        atomicOr(&whole[o].seen, shared[thread].seen);
+      }
+    }
+    __syncthreads();
+  }
+}
+
+template <class T>
+__global__ void round_exact(Exact* whole, T* out, int64_t n) {
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x)
+    out[i] = whole[i].rounded<T>();
+}
+
 int grid(int64_t jobs) { return int(std::min<int64_t>(std::max<int64_t>(jobs, 1), 1 << 20)); }
 
 template <class T>
@@ -296,7 +389,27 @@ struct Sum {
     }
   }
 
+  template <bool ACROSS>
+  void exact() const {
+    T* result = static_cast<T*>(out.mutable_data_ptr());
+    const int64_t columns = ACROSS ? (r.outputs() + kLanes - 1) / kLanes : r.outputs();
+    // Few outputs: blocks share their terms.
+    const int64_t most = std::max<int64_t>(1, (1 << 12) / columns);
+    const int64_t piece = std::max(kExactPiece, (r.terms + most - 1) / most), pieces = (r.terms + piece - 1) / piece;
+    Tensor sums = torch::stable::new_empty(x, {pieces == 1 ? 0 : r.outputs() * int64_t(sizeof(Exact) / sizeof(int64_t))},
+                                           ScalarType::Long);
+    if (pieces > 1) sums = torch::stable::zero_(sums);
+    Exact* whole = static_cast<Exact*>(sums.mutable_data_ptr());
+    exact_sums<T, ACROSS><<<grid(columns * pieces), dim3(kLanes, kExactWarps), 0, stream>>>(
+        r, static_cast<const T*>(x.const_data_ptr()), result, whole, piece, pieces);
+    check(cudaGetLastError());
+    if (pieces == 1) return;
+    round_exact<T><<<grid((r.outputs() + 255) / 256), 256, 0, stream>>>(whole, result, r.outputs());
+    check(cudaGetLastError());
+  }
+
   void run() const {
+    if (r.order == Order::exact) return r.inner_stride == 1 && r.inner >= kNarrowest ? exact<true>() : exact<false>();
     if (r.groups == r.terms && (r.order != Order::shuffled || r.groups <= kShuffled)) {   // groups of one term
       add<const T>({r.outputs(), r.inner, r.groups, r.outer_stride, r.term_stride, r.inner_stride},
                    static_cast<const T*>(x.const_data_ptr()));

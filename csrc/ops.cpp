@@ -53,7 +53,7 @@ Tensor sum(const Tensor& x, const std::optional<std::vector<int64_t>>& dim, bool
     STD_TORCH_CHECK(0 <= d && d < x.dim(), "dim out of range: ", d);
     reduced[d] = true;
   }
-  STD_TORCH_CHECK(0 <= order && order <= 2, "unknown order: ", order);
+  STD_TORCH_CHECK(0 <= order && order <= 3, "unknown order: ", order);
   STD_TORCH_CHECK(splits >= 1, "splits must be at least 1, got ", splits);
 
   Reduction r;

@@ -11,7 +11,7 @@ namespace ordered {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum class Order { fixed, shuffled, atomic };   // the numbers that ORDERS of ops.py gives them
+enum class Order { fixed, shuffled, atomic, exact };   // the numbers that ORDERS of ops.py gives them
 
 // x is seen as (outer, terms, inner) with any strides; out[o * inner + i] = sum over t of
 // x[o * outer_stride + t * term_stride + i * inner_stride].
@@ -25,12 +25,13 @@ struct Reduction {
   uint32_t step, op;
   const int64_t* device_step;   // where step stands on the device of x; null: it is known here
 
-  int64_t outputs() const { return outer * inner; }
+  ORDERED_HD int64_t outputs() const { return outer * inner; }
 };
 
 // out is contiguous and not empty, terms > 0.
 void sum_cpu(const Reduction& r, const Tensor& x, Tensor& out);
 void sum_cuda(const Reduction& r, const Tensor& x, Tensor& out);
+void exact_cpu(const Reduction& r, const Tensor& x, Tensor& out);
 
 // Half types accumulate in float.
 template <class T>

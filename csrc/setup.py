@@ -48,8 +48,8 @@ flags = {"cxx": [*target, "-ffp-contract=off", *(["-DUSE_CUDA", "-DORDERED_CUDA"
          "nvcc": [*target, "-DUSE_CUDA", "-DORDERED_CUDA", "-fmad=false"]}
 extension = (CUDAExtension if cuda else CppExtension)(
     "ordered_reduce._C",
-    ["ops.cpp", "cpu.cpp", *(["cuda.cu"] if cuda else [])],
-    depends=["order.h", "ops.h"],
+    ["ops.cpp", "cpu.cpp", "exact.cpp", *(["cuda.cu"] if cuda else [])],
+    depends=["order.h", "exact.h", "ops.h"],
     extra_compile_args=flags,
     py_limited_api=True,
 )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-ORDERS = ["fixed", "shuffled", "atomic", "native"]
+ORDERS = ["fixed", "shuffled", "atomic", "exact", "native"]
 
 
 def network():

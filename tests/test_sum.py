@@ -82,7 +82,7 @@ def test_error_within_the_bound_of_pairwise_summation(values, splits, order, dty
     assert abs(result - math.fsum(values)) <= bound * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("order", ["fixed", "shuffled", "atomic"])
+@pytest.mark.parametrize("order", ["fixed", "shuffled", "atomic", "exact"])
 def test_large_sums_against_float64(device, order):
     x = torch.randn(1 << 21, generator=torch.Generator().manual_seed(0))
     depth = 18 + 7
@@ -91,7 +91,7 @@ def test_large_sums_against_float64(device, order):
         assert (error <= depth * 2.0**-24 * view.abs().double().sum(1)).all()
 
 
-@pytest.mark.parametrize("order", ["fixed", "shuffled", "atomic"])
+@pytest.mark.parametrize("order", ["fixed", "shuffled", "atomic", "exact"])
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_integers_are_exact_in_any_order(order, data):
@@ -211,7 +211,7 @@ def test_atomic_races_on_the_cpu():
     assert len(runs) > 1
 
 
-@pytest.mark.parametrize("order", ["fixed", "shuffled", "atomic"])
+@pytest.mark.parametrize("order", ["fixed", "shuffled", "atomic", "exact"])
 def test_special_values(device, order):
     def total(*values, dtype=torch.float32):
         return ordered_reduce.sum(torch.tensor(values, dtype=dtype, device=device), order=order, splits=3).item()
@@ -261,7 +261,7 @@ def test_cuda_equals_cpu(data):
 # ------------------------------------------------------------------------------------------- as a PyTorch operation
 
 
-@pytest.mark.parametrize("order", ["fixed", "shuffled"])
+@pytest.mark.parametrize("order", ["fixed", "shuffled", "exact"])
 def test_opcheck(device, order):
     for shape, dim, keepdim in [((5, 6), [0], False), ((2, 3, 4), [0, 2], True), ((7,), None, False), ((0, 3), [0], False)]:
         x = torch.randn(shape, device=device, requires_grad=True)
@@ -270,12 +270,13 @@ def test_opcheck(device, order):
         torch.library.opcheck(torch.ops.ordered_reduce.sum_forward.default, (x.detach(), *arguments))
 
 
+@pytest.mark.parametrize("order", ["shuffled", "exact"])
 @pytest.mark.parametrize("dim,keepdim", [(None, False), (1, False), ((0, -1), True)])
-def test_gradients(device, dim, keepdim):
+def test_gradients(device, dim, keepdim, order):
     x = torch.randn(3, 4, 2, dtype=torch.float64, device=device, requires_grad=True)
 
     def f(x):
-        return ordered_reduce.sum(x.square(), dim, keepdim, order="shuffled", splits=3)
+        return ordered_reduce.sum(x.square(), dim, keepdim, order=order, splits=3)
 
     assert torch.autograd.gradcheck(f, (x,)) and torch.autograd.gradgradcheck(f, (x,))
 
@@ -285,10 +286,11 @@ def test_gradients(device, dim, keepdim):
 def test_compiles_without_graph_breaks(device, backend):
     @torch.compile(fullgraph=True, backend=backend)
     def f(x, step):
-        return ordered_reduce.sum(x * 2, 0, order="shuffled", step=step) + ordered_reduce.sum(x, (0, 1), True)
+        return (ordered_reduce.sum(x * 2, 0, order="shuffled", step=step) + ordered_reduce.sum(x, (0, 1), True)
+                + ordered_reduce.sum(x, 0, order="exact"))
 
     x, step = noise(40, 30).to(device), torch.tensor(3)
-    assert same_bits(f(x, step), ordered_reduce.sum(x * 2, 0, order="shuffled", step=3) + ordered_reduce.sum(x, (0, 1), True))
+    assert same_bits(f(x, step), f._torchdynamo_orig_callable(x, step))
 
 
 @pytest.mark.parametrize("arguments,error,named", [

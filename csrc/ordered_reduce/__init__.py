@@ -1,6 +1,6 @@
 """Floating-point sums whose order of additions is an argument.
 
-    ordered_reduce.sum(x, dim, order="fixed" | "shuffled" | "atomic", splits=8, seed=0, ...)
+    ordered_reduce.sum(x, dim, order="fixed" | "shuffled" | "atomic" | "exact", ...)
     ordered_reduce.conv2d, ordered_reduce.linear     PyTorch's layers with ordered weight gradients
     policy = ordered_reduce.convert(model, order="shuffled"); ...; optimizer.step(); policy.step()
     ordered_reduce.noisy(weight, "gaussian", ulps=0.1)   a weight with seeded noise in its gradient; convert(noise=...)

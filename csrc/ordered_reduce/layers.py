@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from .noise import check_noise, noisy
 from .ops import ORDERS, check_order, sum
 
+# "exact" adds the G partial gradients exactly, for sum() does that anyway. The partial gradients themselves are rounded
+# by PyTorch's kernels, so that unlike an exact sum of all samples the result is still a function of `splits`.
 LAYER_ORDERS = (*ORDERS, "native")
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
@@ -241,7 +243,8 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
 
     Args:
       model: any nn.Module. Subclasses of nn.Conv2d and nn.Linear are left alone: they may compute something else.
-      order: "fixed", "shuffled", "atomic" or "native" (PyTorch's own gradient).
+      order: "fixed", "shuffled", "atomic", "exact" (of the partial gradients, which are rounded) or "native" (PyTorch's
+        own gradient).
       splits, seed, scope: as in `ordered_reduce.sum`; a batch smaller than splits makes fewer groups.
       layers: glob pattern, or list of them, of layer names ("*", "stages.0.*", ["stem", "head"]). Others stay as they
         are. A layer's op, the number its draws are keyed by, is its place among all layers of the model, whatever is

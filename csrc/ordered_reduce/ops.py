@@ -5,7 +5,7 @@ import pathlib
 
 import torch
 
-ORDERS = ("fixed", "shuffled", "atomic")
+ORDERS = ("fixed", "shuffled", "atomic", "exact")
 SCOPES = ("output", "tensor")
 MOST_SHUFFLED = 1 << 18   # 16 bits of the Philox counter number its 4-word blocks
 
@@ -65,10 +65,13 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
                  the output in the result; with scope "tensor" all outputs share one permutation. The same bits for
                  the same arguments, on any device.
       atomic     as hardware gets to them: atomicAdd on CUDA, threads racing on the CPU. Not repeatable, on purpose.
+      exact      not at all: the sum of all terms without rounding, then rounded once to the dtype of x (to nearest,
+                 ties to even). The same bits for any order of the terms, on any device; splits, seed, step, op and scope do
+                 not matter. Nothing overflows on the way; infinities, NaN and signed zeros as IEEE 754 adds them.
 
     Args:
-      x: floating-point tensor of any shape and strides. float16 and bfloat16 are accumulated in float32 and rounded
-        once. A sum of nothing is 0; NaN and infinity propagate.
+      x: floating-point tensor of any shape and strides. float16 and bfloat16 are accumulated in float32 (exact:
+        exactly) and rounded once. A sum of nothing is 0; NaN and infinity propagate.
       dim: int, tuple of ints, or None for all dimensions, as in torch.sum.
       keepdim: keep the summed dimensions with size 1.
       splits: G, the number of groups; 2 cannot make noise (a + b = b + a), from 3 on it grows as about sqrt(G).
@@ -78,7 +81,8 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
 
     Returns the sum, with the dtype and device of x. The error is at most
     gamma(ceil(log2(longest group)) + G - 1) * sum(|x|), gamma(k) = k u / (1 - k u): pairwise summation's, then the
-    G - 1 ordered additions (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 4.2).
+    G - 1 ordered additions (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 4.2). Of an exact
+    sum it is half a unit in the last place.
 
     Raises TypeError where x is no tensor, NotImplementedError for its dtype, IndexError for dim, ValueError for order,
     splits, seed, op or scope, RuntimeError for a step on another device, or for a CUDA tensor where the CUDA kernels
