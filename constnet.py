@@ -809,14 +809,6 @@ def print_table(summary):
                                            for arm in summary))
 
 
-def mean_and_interval(values):
-    """Mean and half of its 95 % interval (Student's t), which one value does not have."""
-    values = torch.tensor(values, dtype=torch.float64)
-    t = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]   # 97.5 % quantiles for 1, 2, ... degrees of freedom
-    n = len(values)
-    return float(values.mean()), float(values.std()) / math.sqrt(n) * t[min(n - 2, 8)] if n > 1 else None
-
-
 def write_table_1(summary, directory):
     """table1.md: the paper's table with our numbers beside its own."""
     lines = ["| row | drop rate | a | b | c | d | order | paper, CIFAR-10 | ours, " + summary[0]["dataset"] +
@@ -824,12 +816,12 @@ def write_table_1(summary, directory):
     for number, (init, dropout, order, paper) in enumerate(TABLE_1, start=1):
         mine = [arm for arm in summary if arm["arm"] == f"row{number}"]
         if mine:
-            mean, half = mean_and_interval([arm["test_accuracy"] for arm in mine])
+            mean, low, _ = common.interval([arm["test_accuracy"] for arm in mine])
             steps = sorted({-1 if arm["symmetry"]["kept"] else arm["symmetry"]["first_broken_step"] for arm in mine})
             least = [min(arm["symmetry"]["distinct_filters"].values()) for arm in mine]
             lines.append(f"| {number} | {dropout:g} | " + " | ".join("✓" if part in init else "✗" for part in "abcd") +
                          f" | {order} | {'(ours)' if paper is None else paper} | {mean:.1f}" +
-                         (f" ± {half:.1f}" if half is not None else "") + " | " +
+                         (f" ± {mean - low:.1f}" if low is not None else "") + " | " +
                          ", ".join("never" if step < 0 else str(step) for step in steps) +
                          f" | {min(least)}{f' to {max(least)}' if max(least) > min(least) else ''} |")
     lines += ["", f"{len({arm['seed'] for arm in summary})} seeds, {summary[0]['epochs']} epochs; mean and 95 % "

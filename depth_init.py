@@ -348,12 +348,6 @@ def finals(rows):
     return {arm: np.array(values) for arm, values in found.items()}
 
 
-def interval(values):
-    """Mean and its 95 % bootstrap interval."""
-    draws = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
-    return float(values.mean()), float(np.percentile(draws, 2.5)), float(np.percentile(draws, 97.5))
-
-
 def claims(rows):
     """The paper's claims, each as a difference of final test accuracies [points] between arms alike in all else, paired
     by seed. None where the arms were not run."""
@@ -362,10 +356,10 @@ def claims(rows):
 
     def compare(claim, better, worse):
         if better in accuracy and worse in accuracy:
-            mean, low, high = interval(accuracy[better] - accuracy[worse])
+            mean, low, high = common.interval(accuracy[better] - accuracy[worse])
             found.append({"claim": claim, "better": " / ".join(map(str, better)), "worse": " / ".join(map(str, worse)),
                           "difference": mean, "low": low, "high": high,
-                          "holds": "yes" if low > 0 else "no" if high < 0 else "not decided"})
+                          "holds": "not decided" if low is None or low <= 0 <= high else "yes" if mean > 0 else "no"})
 
     def arm(init, scaling, variance, norm):
         return init, scaling, 1.0 if scaling == "unit" else variance, norm
@@ -389,7 +383,7 @@ def summarise(rows):
     rows, _ = at_best_rate(rows)
     accuracy, rates = finals(rows), {arm_of(row): row["lr"] for row in rows}
     arms = [{**dict(zip(ARM, arm, strict=True)), "lr": rates[arm], "seeds": len(values),
-             **dict(zip(("test_accuracy", "low", "high"), interval(values), strict=True))}
+             **dict(zip(("test_accuracy", "low", "high"), common.interval(values), strict=True))}
             for arm, values in accuracy.items()]
     return {"arms": arms, "claims": claims(rows)}
 
@@ -466,15 +460,19 @@ def report(directory):
     except (OSError, ValueError, KeyError) as error:
         common.fail(f"argument --plot-only: {directory} holds no finished run ({error})")
     draw_figures(rows, layers, config, directory)
+
+    def between(row):
+        return ("" if row["low"] is None else f"{row['low']:.2f} - {row['high']:.2f}").rjust(18)
+
     print(f"\n{'init':<16}{'scaling':<12}{'V':>8}{'batch norm':>12}{'rate':>10}"
           f"{'test accuracy [%]':>20}{'95 % interval':>18}")
     for arm in summary["arms"]:
         print(f"{arm['init']:<16}{arm['scaling']:<12}{arm['variance']:>8g}{arm['batch_norm']:>12}{arm['lr']:>10g}"
-              f"{arm['test_accuracy']:>20.2f}{arm['low']:>10.2f} - {arm['high']:.2f}")
+              f"{arm['test_accuracy']:>20.2f}{between(arm)}")
     print(f"\n{'claim':<36}{'holds':<13}{'points':>8}{'95 % interval':>18}   arms")
     for row in summary["claims"]:
-        print(f"{row['claim']:<36}{row['holds']:<13}{row['difference']:>8.2f}{row['low']:>9.2f} - {row['high']:<7.2f}"
-              f"  {row['better']} against {row['worse']}")
+        print(f"{row['claim']:<36}{row['holds']:<13}{row['difference']:>8.2f}{between(row)}"
+              f"   {row['better']} against {row['worse']}")
 
 
 def log_to_tensorboard(directory, rows, layers):

@@ -21,7 +21,6 @@ import hashlib
 import json
 import math
 import pathlib
-import statistics
 import sys
 
 import numpy as np
@@ -39,7 +38,6 @@ FIT = (3.0, 1e-3)     # the rate is fitted from this multiple of the first sprea
 LEAP = 10.0           # growth in one step at which a fit ends
 POINTS = 5            # fewest steps for a fit
 SEEDED, HARDWARE = f"order, G = {SPLITS}", f"hardware order, G = {SPLITS}"
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # its 97.5 % points, by degrees of freedom
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -263,17 +261,6 @@ def growth(steps, spreads):
     return found
 
 
-def interval(values):
-    """[mean, low, high]: Student's 95 % interval; low and high are None for one value, all for none."""
-    values = [value for value in values if value is not None]
-    if len(values) < 2:
-        return [*values, None, None, None][:3]
-    mean, freedom = statistics.fmean(values), len(values) - 1
-    student = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.65 / freedom
-    half = student * statistics.stdev(values) / math.sqrt(len(values))
-    return [mean, mean - half, mean + half]
-
-
 def law(summary):
     """Is the time set by the size alone? Over the noises of one seed, a straight line through (ln(BROKEN / first
     spread), steps from the first spread to BROKEN): the interval over the seeds of 1 / slope, a rate, and each R^2."""
@@ -287,13 +274,13 @@ def law(summary):
             slope, at_0 = np.polyfit(x, y, 1)
             rates.append(float(1 / slope))
             fits.append(float(1 - (y - at_0 - slope * x).var() / y.var()))
-    return {"rate": interval(rates), "r2": fits}
+    return {"rate": common.interval(rates), "r2": fits}
 
 
 def differences(summary):
     """{arm: intervals over the seeds of what its rate and passed have more than SEEDED's in the same seed}."""
     seeded = next((arm["runs"] for arm in summary if arm["arm"] == SEEDED), {})
-    return {arm["arm"]: {key: interval([run[key] - seeded[seed][key] for seed, run in arm["runs"].items()
+    return {arm["arm"]: {key: common.interval([run[key] - seeded[seed][key] for seed, run in arm["runs"].items()
                                         if seed in seeded and None not in (run[key], seeded[seed][key])])
                          for key in ("rate", "passed")} for arm in summary if arm["part"] == "noise"}
 
@@ -313,11 +300,11 @@ def summarise(rows):
             "parted": sum(run["first_step"] is not None for run in found.values()),
             "broken": sum(run["passed"] is not None for run in found.values()),
             "leaps": sum(run["leap"] is not None for run in found.values()),
-            "first_spread": [math.exp(value) if value is not None else None for value in interval(
+            "first_spread": [math.exp(value) if value is not None else None for value in common.interval(
                 [math.log(run["first_spread"]) for run in found.values() if run["first_spread"]])],
-            **{key: interval([run[key] for run in found.values()]) for key in ("rate", "r2", "passed")},
-            "predicted": interval([run["predicted"] for run in both]),
-            "predicted_minus_passed": interval([run["predicted"] - run["passed"] for run in both]),
+            **{key: common.interval([run[key] for run in found.values()]) for key in ("rate", "r2", "passed")},
+            "predicted": common.interval([run["predicted"] for run in both]),
+            "predicted_minus_passed": common.interval([run["predicted"] - run["passed"] for run in both]),
             "runs": found})
     return {"arms": summary, "law": law(summary),
             f"minus {SEEDED}": differences(summary)}

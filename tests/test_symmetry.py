@@ -82,12 +82,12 @@ def test_spread_of_known_weights():
 
 def test_interval():
     values = [1.0, 2.0, 4.0, 5.0]
-    assert symmetry.interval([*values, None]) == pytest.approx([3, 3 - 3.18 * math.sqrt(10 / 3) / 2,
+    assert common.interval([*values, None]) == pytest.approx([3, 3 - 3.18 * math.sqrt(10 / 3) / 2,
                                                                 3 + 3.18 * math.sqrt(10 / 3) / 2])
-    assert symmetry.interval([2.0]) == [2.0, None, None] and symmetry.interval([None]) == [None] * 3
+    assert common.interval([2.0]) == [2.0, None, None] and common.interval([None]) == [None] * 3
     random, held = np.random.default_rng(0), 0
     for _ in range(2000):
-        _, low, high = symmetry.interval(list(random.standard_normal(12)))
+        _, low, high = common.interval(list(random.standard_normal(12)))
         held += low < 0 < high
     assert abs(held / 2000 - 0.95) < 5 * math.sqrt(0.05 * 0.95 / 2000)
 

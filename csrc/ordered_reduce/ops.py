@@ -66,8 +66,9 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
                  the same arguments, on any device.
       atomic     as hardware gets to them: atomicAdd on CUDA, threads racing on the CPU. Not repeatable, on purpose.
       exact      not at all: the sum of all terms without rounding, then rounded once to the dtype of x (to nearest,
-                 ties to even). The same bits for any order of the terms, on any device; splits, seed, step, op and scope do
-                 not matter. Nothing overflows on the way; infinities, NaN and signed zeros as IEEE 754 adds them.
+                 ties to even). The same bits for any order of the terms, on any device; splits, seed, step, op and
+                 scope do not matter. Nothing overflows on the way; infinities, NaN and signed zeros as IEEE 754 adds
+                 them.
 
     Args:
       x: floating-point tensor of any shape and strides. float16 and bfloat16 are accumulated in float32 (exact:
