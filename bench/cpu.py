@@ -6,8 +6,9 @@ kernels' bits depend on the number of threads.
 
 The two sides of a ratio alternate, and the ratio is the median of the pairs' ratios, so that a machine that slows down
 for a while slows both. Reach: sum at least 0.9 of torch.sum's throughput, exact at least 0.5 of fixed's, index_add
-fixed at most 1 times PyTorch's time, a step at most 1.25 times native's, the symmetry measures at most 5 % of a step; the grid at least 4 times faster, and at least 60 % of
-the rate of a large matrix product. --only runs one part and leaves the others' numbers in the file.
+fixed at most PyTorch's time, a step at most 1.25 times native's, the symmetry measures at most 5 % of a step; the grid
+at least 4 times faster, and at least 60 % of the rate of a large matrix product. --only runs one part and leaves the
+others' numbers in the file.
 """
 
 import argparse
@@ -77,7 +78,8 @@ def exact():
 def index_adds():
     rows = []
     for n, size, width in ((1 << 16, 10000, 64), (1 << 16, 10000, 16), (1 << 16, 10000, 256), (1 << 16, 1 << 16, 64),
-                           (1 << 12, 1 << 16, 64), (1 << 16, 4, 64), (1 << 16, 1, 512), (1 << 16, 10000, 1), (1 << 16, 4, 1)):
+                           (1 << 12, 1 << 16, 64), (1 << 16, 4, 64), (1 << 16, 1, 512), (1 << 16, 10000, 1),
+                           (1 << 16, 4, 1)):
         shape = (width,) if width > 1 else ()
         index, source, input = torch.randint(size, (n,)), torch.randn(n, *shape), torch.zeros(size, *shape)
         for order in ("fixed", "shuffled", "atomic", "exact"):
@@ -209,7 +211,8 @@ def grid():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default="results/bench/cpu.json")
-    parser.add_argument("--only", choices=("threads", "steps", "sums", "exact", "index_adds", "grid"), help="default: all")
+    parser.add_argument("--only", choices=("threads", "steps", "sums", "exact", "index_adds", "grid"),
+                        help="default: all")
     args = parser.parse_args()
     result = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
     result.update(common.environment(torch.device("cpu")))

@@ -143,6 +143,12 @@ struct Leaves {
   }
 };
 
+template <class T>
+const T* row_of_nothing() {
+  static const std::vector<T> row(kWidest, kNothing<T>);
+  return row.data();
+}
+
 // The terms of adjacent outputs.
 template <class T>
 struct Terms {
@@ -156,12 +162,12 @@ struct Terms {
 // The sums of the leaves of at most kBlock terms of `width` adjacent outputs, as sums[l * width + output].
 template <class T, class Acc>
 INLINE void strided_block(const Terms<T>& x, int64_t n, int width, const Leaves& leaves, Acc* sums) {
-  static const std::vector<T> nothing(kWidest, kNothing<T>);
+  const T* const nothing = row_of_nothing<T>();
   const T* row[kRows] = {};
   for (int l = 0; l < leaves.left; ++l) {
     for (int k = 0; k < leaves.count; ++k) {
       const int64_t term = leaves.offset[k] + l;
-      row[k] = term < n ? x[term] : nothing.data();
+      row[k] = term < n ? x[term] : nothing;
     }
     add_rows(leaves.count, row, width, sums + l * width);
   }
@@ -514,6 +520,14 @@ struct IndexAdd {
   const T* terms(int64_t first) const { return r.inner > 1 ? source : source + first; }
   const T* row(int64_t k) const { return r.inner > 1 ? source + s.position[k] * r.inner : source + k; }
 
+  // The source is read in no order that a processor could foresee.
+  void prefetch(int64_t first, int64_t n) const {
+    constexpr int64_t kAhead = 8, kMost = 1024;   // terms, bytes of one
+    for (int64_t k = first + kAhead; k < std::min(first + n + kAhead, r.terms); ++k)
+      for (int64_t b = 0; b < std::min<int64_t>(kMost, r.inner * sizeof(T)); b += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(row(k)) + b);
+  }
+
   void add_input(int64_t v) const {
     const T* in = input + v * r.inner;
     T* to = out + v * r.inner;
@@ -527,15 +541,37 @@ struct IndexAdd {
       std::copy_n(input + v * r.inner, r.inner, to);
       return;
     }
-    if (n == 1 || (n <= r.groups && r.order == Order::fixed)) {   // groups of one term, in order
-      Acc sum[kWidest];
+    const Groups groups(n, std::min(n, r.groups));
+    if (n == 1 || (r.order == Order::fixed && groups.longest() <= kRows)) {   // small: what Sum does, at less expense
+      prefetch(first, n);
+      const Leaves leaves(next_power_of_two(groups.longest()));
+      const Terms<T> all{terms(first), r.inner, r.inner > 1 ? s.position + first : nullptr};
+      const T* const nothing = row_of_nothing<T>();
+      Acc sum[kWidest], partial[kWidest];
       for (int64_t at = 0; at < r.inner; at += kWidest) {
         const int width = int(std::min<int64_t>(kWidest, r.inner - at));
-        std::copy_n(row(first) + at, width, sum);
-        for (int64_t k = first + 1; k < first + n; ++k) {
-          const T* term = row(k) + at;
+        std::fill_n(sum, width, kNothing<Acc>);
+        // Four terms at a time, each from another place: the processor waits for all of them at once.
+        const int64_t count = std::min(n, r.groups);
+        const auto term = [&](int64_t g, int64_t i) {
+          return g < count && i < groups[g].size ? all[groups[g].begin + i] + at : nothing;
+        };
+        for (int64_t g = 0; g < count;) {
+          if (groups[g].size > 2) {
+            const Terms<T> group = all.from(groups[g].begin);
+            strided_block(Terms<T>{group.x + at, group.stride, group.rows}, groups[g++].size, width, leaves, partial);
+            for (int i = 0; i < width; ++i) sum[i] += partial[i];
+          } else if (groups[g].size == 2) {
+            const T *a = term(g, 0), *b = term(g, 1), *c = term(g + 1, 0), *d = term(g + 1, 1);
+            g += 2;
 #pragma GCC ivdep
-          for (int i = 0; i < width; ++i) sum[i] += Acc(term[i]);
+            for (int i = 0; i < width; ++i) sum[i] = (sum[i] + tree(Acc(a[i]), Acc(b[i]))) + tree(Acc(c[i]), Acc(d[i]));
+          } else {
+            const T *a = term(g, 0), *b = term(g + 1, 0), *c = term(g + 2, 0), *d = term(g + 3, 0);
+            g += 4;
+#pragma GCC ivdep
+            for (int i = 0; i < width; ++i) sum[i] = (((sum[i] + Acc(a[i])) + Acc(b[i])) + Acc(c[i])) + Acc(d[i]);
+          }
         }
         for (int i = 0; i < width; ++i) to[at + i] = T(sum[i]);
       }
@@ -559,14 +595,19 @@ struct IndexAdd {
         const int64_t v = std::upper_bound(groups.begin(), groups.end(), job) - groups.begin() - 1;
         const Group group = Groups(s.start[v + 1] - s.start[v], groups[v + 1] - groups[v])[job - groups[v]];
         const int64_t first = s.start[v] + group.begin;
+        const auto add = [&](int64_t i, Acc term) {
+          std::atomic<Acc>& sum = sums[v * r.inner + i];
+          Acc seen = sum.load(std::memory_order_relaxed);
+          while (!sum.compare_exchange_weak(seen, seen + term, std::memory_order_relaxed)) {
+          }
+        };
+        if (group.size == 1) {
+          for (int64_t i = 0; i < r.inner; ++i) add(i, Acc(row(first)[i]));
+          continue;
+        }
         const Reduction part = segment(v, first, group.size, 1);
         Sum<T>(part, terms(first), nullptr).for_each_tile([&](const auto& p, const Acc* partial) {
-          for (int w = 0; w < p.width; ++w) {
-            std::atomic<Acc>& sum = sums[v * r.inner + p.output + w];
-            Acc seen = sum.load(std::memory_order_relaxed);
-            while (!sum.compare_exchange_weak(seen, seen + partial[w], std::memory_order_relaxed)) {
-            }
-          }
+          for (int w = 0; w < p.width; ++w) add(p.output + w, partial[w]);
         });
       }
     });
