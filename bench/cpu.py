@@ -1,13 +1,14 @@
-"""Speed on the CPU, as ratios measured in one run: `sum` against torch.sum, exact against fixed order, a Constnet step
-against PyTorch's own, the grid of mlp_replicated.py against one network after the other; and which kernels' bits depend
-on the number of threads.
+"""Speed on the CPU, as ratios measured in one run: `sum` against torch.sum, exact against fixed order, index_add
+and a Constnet step against PyTorch's own, the grid of mlp_replicated.py against one network after the other; and which
+kernels' bits depend on the number of threads.
 
     python bench/cpu.py [--out results/bench/cpu.json]      # about 4 minutes on two cores, 1.1 GB
 
 The two sides of a ratio alternate, and the ratio is the median of the pairs' ratios, so that a machine that slows down
-for a while slows both. Reach: sum at least 0.9 of torch.sum's throughput, exact at least 0.5 of fixed's, a step at most
-1.25 times native's, the symmetry measures at most 5 % of a step; the grid at least 4 times faster, and at least 60 % of
-the rate of a large matrix product. --only runs one part and leaves the others' numbers in the file.
+for a while slows both. Reach: sum at least 0.9 of torch.sum's throughput, exact at least 0.5 of fixed's, index_add
+fixed at most PyTorch's time, a step at most 1.25 times native's, the symmetry measures at most 5 % of a step; the grid
+at least 4 times faster, and at least 60 % of the rate of a large matrix product. --only runs one part and leaves the
+others' numbers in the file.
 """
 
 import argparse
@@ -70,6 +71,23 @@ def exact():
             rows.append({"what": f"sum exact, {str(dtype)[6:]}, {' x '.join(map(str, shape))}, dim {dim}",
                          "throughput_of_fixed": round(ratio, 3), "microseconds": round(ours * 1e6, 1),
                          "fixed_microseconds": round(theirs * 1e6, 1)})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def index_adds():
+    rows = []
+    for n, size, width in ((1 << 16, 10000, 64), (1 << 16, 10000, 16), (1 << 16, 10000, 256), (1 << 16, 1 << 16, 64),
+                           (1 << 12, 1 << 16, 64), (1 << 16, 4, 64), (1 << 16, 1, 512), (1 << 16, 10000, 1),
+                           (1 << 16, 4, 1)):
+        shape = (width,) if width > 1 else ()
+        index, source, input = torch.randint(size, (n,)), torch.randn(n, *shape), torch.zeros(size, *shape)
+        for order in ("fixed", "shuffled", "atomic", "exact"):
+            ratio, ours, theirs = compare(lambda: ordered_reduce.index_add(input, 0, index, source, order=order),
+                                          lambda: torch.index_add(input, 0, index, source), seconds=1)
+            rows.append({"what": f"index_add {order}, {n} rows of {width} into {size}",
+                         "times_torch": round(1 / ratio, 3), "milliseconds": round(ours * 1e3, 3),
+                         "torch_milliseconds": round(theirs * 1e3, 3)})
             print(rows[-1], flush=True)
     return rows
 
@@ -193,11 +211,12 @@ def grid():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default="results/bench/cpu.json")
-    parser.add_argument("--only", choices=("threads", "steps", "sums", "exact", "grid"), help="default: all")
+    parser.add_argument("--only", choices=("threads", "steps", "sums", "exact", "index_adds", "grid"),
+                        help="default: all")
     args = parser.parse_args()
     result = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
     result.update(common.environment(torch.device("cpu")))
-    for part in (threads, steps, sums, exact, grid):
+    for part in (threads, steps, sums, exact, index_adds, grid):
         if args.only in (None, part.__name__):
             result[part.__name__] = part()
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -143,15 +143,31 @@ struct Leaves {
   }
 };
 
+template <class T>
+const T* row_of_nothing() {
+  static const std::vector<T> row(kWidest, kNothing<T>);
+  return row.data();
+}
+
+// The terms of adjacent outputs.
+template <class T>
+struct Terms {
+  const T* x;
+  int64_t stride;
+  const int64_t* rows;   // null: one row after the other
+  INLINE const T* operator[](int64_t i) const { return x + (rows ? rows[i] : i) * stride; }
+  INLINE Terms from(int64_t i) const { return rows ? Terms{x, stride, rows + i} : Terms{x + i * stride, stride, rows}; }
+};
+
 // The sums of the leaves of at most kBlock terms of `width` adjacent outputs, as sums[l * width + output].
 template <class T, class Acc>
-INLINE void strided_block(const T* x, int64_t n, int64_t stride, int width, const Leaves& leaves, Acc* sums) {
-  static const std::vector<T> nothing(kWidest, kNothing<T>);
+INLINE void strided_block(const Terms<T>& x, int64_t n, int width, const Leaves& leaves, Acc* sums) {
+  const T* const nothing = row_of_nothing<T>();
   const T* row[kRows] = {};
   for (int l = 0; l < leaves.left; ++l) {
     for (int k = 0; k < leaves.count; ++k) {
       const int64_t term = leaves.offset[k] + l;
-      row[k] = term < n ? x + term * stride : nothing.data();
+      row[k] = term < n ? x[term] : nothing;
     }
     add_rows(leaves.count, row, width, sums + l * width);
   }
@@ -282,10 +298,9 @@ struct Sum {
   int64_t tiles;         // with across: tiles in one row of `inner` outputs
   std::vector<int> order;   // in which the groups of every output are added
 
-  Sum(const Reduction& r, const Tensor& x, Tensor& out)
-      : r(r), x(static_cast<const T*>(x.const_data_ptr())), out(static_cast<T*>(out.mutable_data_ptr())),
-        key{r.seed, r.step, r.op}, groups(r.terms, r.groups),
-        across(r.inner_stride == 1 && r.inner > 1), contiguous(!across && r.term_stride == 1),
+  Sum(const Reduction& r, const T* x, T* out)
+      : r(r), x(x), out(out), key{r.seed, r.step, r.op}, groups(r.terms, r.groups),
+        across(r.inner_stride == 1 && r.inner > 1), contiguous(!across && r.term_stride == 1 && !r.rows),
         leaves(next_power_of_two(std::min<int64_t>(kBlock, groups.longest()))),
         lanes(contiguous ? kLanes : leaves.left), order(r.groups) {
     tile = across ? int(std::min<int64_t>(r.inner, kWidest)) : kSide;
@@ -313,13 +328,13 @@ struct Sum {
   }
 
   // The lanes' sums of n terms, an aligned piece of a group, of `width` neighbouring outputs.
-  INLINE Acc* lanes_of_any(const T* x, int64_t n, int width, Counter<Acc>& counter) const {
+  INLINE Acc* lanes_of_any(const Terms<T>& x, int64_t n, int width, Counter<Acc>& counter) const {
     counter.reset();
     const int64_t step = contiguous ? kBlocks * kBlock : kBlock;
     for (int64_t i = 0; i < n; i += step) {
       const int64_t some = std::min(step, n - i);
-      if (contiguous) contiguous_blocks(x + i, some, counter.next());
-      else strided_block(x + i * r.term_stride, some, r.term_stride, width, leaves, counter.next());
+      if (contiguous) contiguous_blocks(x.x + i, some, counter.next());
+      else strided_block(x.from(i), some, width, leaves, counter.next());
       counter.push();
     }
     return counter.finish();
@@ -349,14 +364,14 @@ struct Sum {
       }
       for (int64_t g = 0; g < r.groups; ++g) {
         const Group group = groups[g];
-        const T* first = terms + group.begin * r.term_stride;
+        const Terms<T> first = Terms<T>{terms, r.term_stride, r.rows}.from(group.begin);
         Acc* sums = partial + g * pitch + w;
         if (contiguous && group.size <= kBlocks * kBlock) {   // in registers
           alignas(64) Acc sum[kLanes];
-          contiguous_blocks(first, group.size, sum);
+          contiguous_blocks(first.x, group.size, sum);
           *sums = add_lanes(sum);
         } else if (lanes == 1) {
-          strided_block(first, group.size, r.term_stride, width, leaves, sums);
+          strided_block(first, group.size, width, leaves, sums);
         } else {
           add_lanes(lanes_of_any(first, group.size, width, counter), lanes, width, sums);
         }
@@ -370,7 +385,7 @@ struct Sum {
       for (int w = 0; w < p.width; w += kSide) {
         uint32_t other[4][kSide];
         for (int last = int(r.groups) - 1, i = 0; last > 0; --last, ++i) {
-          if (i % 4 == 0) draw(key, uint64_t(p.output + w), i / 4, last, other);
+          if (i % 4 == 0) draw(key, r.first + uint64_t(p.output + w), i / 4, last, other);
           swap_side(partial + w, last, pitch, other[i % 4]);
         }
       }
@@ -397,7 +412,7 @@ struct Sum {
 #define TWICE(result, name, declared, given) \
   result name declared const { return name##_any given; }
 #endif
-  TWICE(Acc*, lanes_of, (const T* x, int64_t n, int width, Counter<Acc>& counter), (x, n, width, counter))
+  TWICE(Acc*, lanes_of, (const Terms<T>& x, int64_t n, int width, Counter<Acc>& counter), (x, n, width, counter))
   TWICE(void, partials, (const Place& p, Acc* partial, Counter<Acc>& counter), (p, partial, counter))
   TWICE(void, combine, (const Place& p, Acc* partial), (p, partial))
 
@@ -431,8 +446,8 @@ struct Sum {
         const Group group = groups[job / chunks % r.groups];
         const int64_t begin = job % chunks * kChunk, n = std::min(group.size - begin, kChunk);
         if (n <= 0) continue;
-        const T* all = across ? p.x : terms_of(p.output);
-        const Acc* sum = lanes_of(all + (group.begin + begin) * r.term_stride, n, p.width, counter);
+        const Terms<T> all{across ? p.x : terms_of(p.output), r.term_stride, r.rows};
+        const Acc* sum = lanes_of(all.from(group.begin + begin), n, p.width, counter);
         std::copy(sum, sum + lanes * p.width, sums.get() + job * piece);
       }
     });
@@ -483,17 +498,181 @@ struct Sum {
   }
 };
 
+// Sums of the source's rows that have the same index.
+template <class T>
+struct IndexAdd {
+  using Acc = typename AccType<T>::type;
+  const Reduction& r;
+  const Segments& s;
+  const T *input, *source;
+  T* out;
+  const ScalarType type;
+
+  // The reduction of terms first ... first + n - 1 in the order of `position`, in `groups` groups, for row v.
+  Reduction segment(int64_t v, int64_t first, int64_t n, int64_t groups) const {
+    Reduction part = r;
+    part.outer = 1, part.terms = n, part.groups = std::min(groups, n);
+    part.outer_stride = 0, part.term_stride = r.inner, part.inner_stride = 1;
+    part.rows = r.inner > 1 ? s.position + first : nullptr;   // else source is in that order already
+    part.first = uint64_t(v * r.inner);
+    return part;
+  }
+  const T* terms(int64_t first) const { return r.inner > 1 ? source : source + first; }
+  const T* row(int64_t k) const { return r.inner > 1 ? source + s.position[k] * r.inner : source + k; }
+
+  // The source is read in no order that a processor could foresee.
+  void prefetch(int64_t first, int64_t n) const {
+    constexpr int64_t kAhead = 8, kMost = 1024;   // terms, bytes of one
+    for (int64_t k = first + kAhead; k < std::min(first + n + kAhead, r.terms); ++k)
+      for (int64_t b = 0; b < std::min<int64_t>(kMost, r.inner * sizeof(T)); b += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(row(k)) + b);
+  }
+
+  void add_input(int64_t v) const {
+    const T* in = input + v * r.inner;
+    T* to = out + v * r.inner;
+    for (int64_t i = 0; i < r.inner; ++i) to[i] = T(Acc(in[i]) + Acc(to[i]));
+  }
+
+  void add_row(int64_t v) const {
+    const int64_t first = s.start[v], n = s.start[v + 1] - first;
+    T* to = out + v * r.inner;
+    if (n == 0) {
+      std::copy_n(input + v * r.inner, r.inner, to);
+      return;
+    }
+    const Groups groups(n, std::min(n, r.groups));
+    if (n == 1 || (r.order == Order::fixed && groups.longest() <= kRows)) {   // small: what Sum does, at less expense
+      prefetch(first, n);
+      const Leaves leaves(next_power_of_two(groups.longest()));
+      const Terms<T> all{terms(first), r.inner, r.inner > 1 ? s.position + first : nullptr};
+      const T* const nothing = row_of_nothing<T>();
+      Acc sum[kWidest], partial[kWidest];
+      for (int64_t at = 0; at < r.inner; at += kWidest) {
+        const int width = int(std::min<int64_t>(kWidest, r.inner - at));
+        std::fill_n(sum, width, kNothing<Acc>);
+        // Four terms at a time, each from another place: the processor waits for all of them at once.
+        const int64_t count = std::min(n, r.groups);
+        const auto term = [&](int64_t g, int64_t i) {
+          return g < count && i < groups[g].size ? all[groups[g].begin + i] + at : nothing;
+        };
+        for (int64_t g = 0; g < count;) {
+          if (groups[g].size > 2) {
+            const Terms<T> group = all.from(groups[g].begin);
+            strided_block(Terms<T>{group.x + at, group.stride, group.rows}, groups[g++].size, width, leaves, partial);
+            for (int i = 0; i < width; ++i) sum[i] += partial[i];
+          } else if (groups[g].size == 2) {
+            const T *a = term(g, 0), *b = term(g, 1), *c = term(g + 1, 0), *d = term(g + 1, 1);
+            g += 2;
+#pragma GCC ivdep
+            for (int i = 0; i < width; ++i) sum[i] = (sum[i] + tree(Acc(a[i]), Acc(b[i]))) + tree(Acc(c[i]), Acc(d[i]));
+          } else {
+            const T *a = term(g, 0), *b = term(g + 1, 0), *c = term(g + 2, 0), *d = term(g + 3, 0);
+            g += 4;
+#pragma GCC ivdep
+            for (int i = 0; i < width; ++i) sum[i] = (((sum[i] + Acc(a[i])) + Acc(b[i])) + Acc(c[i])) + Acc(d[i]);
+          }
+        }
+        for (int i = 0; i < width; ++i) to[at + i] = T(sum[i]);
+      }
+    } else {
+      const Reduction part = segment(v, first, n, r.groups);
+      if (r.order == Order::exact) exact_cpu(part, type, terms(first), to);
+      else Sum<T>(part, terms(first), to).run();
+    }
+    add_input(v);
+  }
+
+  // As in Sum::run, but the tickets are for the groups of all rows.
+  void race() const {
+    std::vector<int64_t> groups(r.outer + 1, 0);   // before row v
+    for (int64_t v = 0; v < r.outer; ++v) groups[v + 1] = groups[v] + std::min(r.groups, s.start[v + 1] - s.start[v]);
+    std::unique_ptr<std::atomic<Acc>[]> sums(new std::atomic<Acc>[r.outer * r.inner]);
+    for (int64_t o = 0; o < r.outer * r.inner; ++o) sums[o].store(kNothing<Acc>, std::memory_order_relaxed);
+    std::atomic<int64_t> ticket{0};
+    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
+      for (int64_t job; (job = ticket.fetch_add(1, std::memory_order_relaxed)) < groups.back();) {
+        const int64_t v = std::upper_bound(groups.begin(), groups.end(), job) - groups.begin() - 1;
+        const Group group = Groups(s.start[v + 1] - s.start[v], groups[v + 1] - groups[v])[job - groups[v]];
+        const int64_t first = s.start[v] + group.begin;
+        const auto add = [&](int64_t i, Acc term) {
+          std::atomic<Acc>& sum = sums[v * r.inner + i];
+          Acc seen = sum.load(std::memory_order_relaxed);
+          while (!sum.compare_exchange_weak(seen, seen + term, std::memory_order_relaxed)) {
+          }
+        };
+        if (group.size == 1) {
+          for (int64_t i = 0; i < r.inner; ++i) add(i, Acc(row(first)[i]));
+          continue;
+        }
+        const Reduction part = segment(v, first, group.size, 1);
+        Sum<T>(part, terms(first), nullptr).for_each_tile([&](const auto& p, const Acc* partial) {
+          for (int w = 0; w < p.width; ++w) add(p.output + w, partial[w]);
+        });
+      }
+    });
+    for (int64_t v = 0; v < r.outer; ++v) {
+      if (s.start[v] == s.start[v + 1]) {
+        std::copy_n(input + v * r.inner, r.inner, out + v * r.inner);
+        continue;
+      }
+      for (int64_t o = v * r.inner; o < (v + 1) * r.inner; ++o) out[o] = T(sums[o].load(std::memory_order_relaxed));
+      add_input(v);
+    }
+  }
+
+  void run() {
+    std::vector<T> sorted;
+    if (r.inner == 1) {   // terms that lie side by side are added faster
+      sorted.resize(r.terms);
+      for (int64_t k = 0; k < r.terms; ++k) sorted[k] = source[s.position[k]];
+      source = sorted.data();
+    }
+    if (r.order == Order::atomic) return race();
+    // Rows with very many terms one after the other, each by all threads; the others shared out evenly among them.
+    const auto hot = [&](int64_t v) { return (s.start[v + 1] - s.start[v]) * r.inner >= 8 * kGrain; };
+    const auto work = [&](int64_t v) { return s.start[v] + v; };   // up to row v
+    for (int64_t v = 0; v < r.outer; ++v)
+      if (hot(v)) add_row(v);
+    torch::stable::parallel_for(0, work(r.outer), std::max<int64_t>(1, kGrain / r.inner),
+                                [&](int64_t first, int64_t last) {
+      int64_t low = 0, high = r.outer;
+      while (low < high) {   // the first row whose work begins at `first` or later
+        const int64_t v = (low + high) / 2;
+        if (work(v) < first) low = v + 1;
+        else high = v;
+      }
+      for (; low < r.outer && work(low) < last; ++low)
+        if (!hot(low)) add_row(low);
+    });
+  }
+};
+
+template <class F>
+void for_type(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float: return f(float());
+    case ScalarType::Double: return f(double());
+    case ScalarType::Half: return f(torch::headeronly::Half());
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16());
+    default: STD_TORCH_CHECK(false, "ordered_reduce is not implemented for this dtype");
+  }
+}
+
 }  // namespace
 
 void sum_cpu(const Reduction& r, const Tensor& x, Tensor& out) {
-  if (r.order == Order::exact) return exact_cpu(r, x, out);
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Sum<float>(r, x, out).run();
-    case ScalarType::Double: return Sum<double>(r, x, out).run();
-    case ScalarType::Half: return Sum<torch::headeronly::Half>(r, x, out).run();
-    case ScalarType::BFloat16: return Sum<torch::headeronly::BFloat16>(r, x, out).run();
-    default: STD_TORCH_CHECK(false, "sum is not implemented for this dtype");
-  }
+  if (r.order == Order::exact) return exact_cpu(r, x.scalar_type(), x.const_data_ptr(), out.mutable_data_ptr());
+  for_type(x.scalar_type(), [&]<class T>(T) {
+    Sum<T>(r, static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr())).run();
+  });
+}
+
+void index_add_cpu(const Reduction& r, const Segments& s, const Tensor& input, const Tensor& source, Tensor& out) {
+  for_type(input.scalar_type(), [&]<class T>(T) {
+    IndexAdd<T>{r, s, static_cast<const T*>(input.const_data_ptr()), static_cast<const T*>(source.const_data_ptr()),
+                static_cast<T*>(out.mutable_data_ptr()), input.scalar_type()}.run();
+  });
 }
 
 }  // namespace ordered

@@ -5,6 +5,7 @@
 //               same kernel sums the lane sums of the pieces until one piece is left: the rest of the same tree.
 //   combine     the partial sums of the groups, one after the other or shuffled, one thread an output.
 //   race        the same partial sums with atomicAdd, one thread a (group, output).
+//   group_sums  the sums of the groups of index_add's rows, wherever their terms stand; add_groups and add_exact end it.
 //   exact_sums  the order "exact": the split and the integer of exact.h, which no order can change.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -315,6 +316,119 @@ __global__ void round_exact(Exact* whole, T* out, int64_t n) {
     out[i] = whole[i].rounded<T>();
 }
 
+// The tree over one lane of one group of index_add, at column d; `position` points at the group's n terms.
+template <class T, class Acc>
+__device__ Acc lane_sum(const T* source, const int64_t* position, int64_t n, int lane, int64_t width, int64_t d) {
+  Acc stack[48];             // a binary counter over blocks of 8 rows
+  int depth = 0;
+  int64_t count = 0;
+  for (int64_t i = lane; i < n || count == 0; i += kBlock) {
+    Acc v[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const int64_t k = i + row * kLanes;
+      v[row] = k < n ? Acc(source[position[k] * width + d]) : Acc(-0.0f);
+    }
+    Acc sum = tree(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]);
+    for (int64_t bits = count++; bits & 1; bits >>= 1) sum = tree(stack[--depth], sum);
+    stack[depth++] = sum;
+  }
+  for (; depth > 1; --depth) stack[depth - 2] = tree(stack[depth - 2], stack[depth - 1]);
+  return stack[0];
+}
+
+constexpr int kGroupWarps = 8;     // in a block of group_sums
+constexpr int64_t kAlone = kBlock; // most terms of a group that one warp sums; longer ones take the whole block
+
+// partial[start[v] + g][d] = the sum of group g of row v of index_add (there are no more groups than terms), or that
+// sum raced into sums[v][d]. threadIdx.x is one of 32 columns, threadIdx.y one of 8 consecutive places of `position`,
+// each of which stands for the group of its number: the groups of one row are in flight together.
+template <class T, class Acc>
+__global__ void group_sums(Reduction r, Segments s, const T* __restrict__ source, Acc* partial, Acc* sums) {
+  __shared__ Acc shared[kLanes][kLanes];
+  const int64_t columns = (r.inner + kLanes - 1) / kLanes, eights = (r.terms + kGroupWarps - 1) / kGroupWarps;
+  for (int64_t job = blockIdx.x; job < columns * eights; job += gridDim.x) {
+    const int64_t d = job % columns * kLanes + threadIdx.x;
+    for (int w = 0; w < kGroupWarps; ++w) {                    // all warps look at all eight, and agree
+      const int64_t k = job / columns * kGroupWarps + w;
+      if (k >= r.terms) break;
+      const int64_t v = s.index[s.position[k]];
+      if (v < 0 || v >= r.outer) continue;
+      const int64_t n = s.start[v + 1] - s.start[v], g = k - s.start[v], groups = min(n, r.groups);
+      if (g >= groups) continue;
+      const Group group = Groups(n, groups)[g];
+      const int64_t* position = s.position + s.start[v] + group.begin;
+      const bool alone = group.size <= kAlone;
+      if (alone && w != threadIdx.y) continue;
+      Acc sum = Acc(-0.0f);
+      if (alone) {
+        Acc lanes[kLanes];
+        int half = 1;
+        while (half < kLanes && half < group.size) half *= 2;
+        for (int lane = 0; lane < half; ++lane)
+          lanes[lane] = d < r.inner ? lane_sum<T, Acc>(source, position, group.size, lane, r.inner, d) : sum;
+        while (half /= 2)
+          for (int lane = 0; lane < half; ++lane) lanes[lane] = tree(lanes[lane], lanes[lane + half]);
+        sum = lanes[0];
+      } else {
+        for (int lane = threadIdx.y; lane < kLanes; lane += kGroupWarps)
+          shared[lane][threadIdx.x] =
+              d < r.inner ? lane_sum<T, Acc>(source, position, group.size, lane, r.inner, d) : sum;
+        __syncthreads();
+        if (threadIdx.y == w) {
+          for (int half = kLanes / 2; half > 0; half /= 2)
+            for (int lane = 0; lane < half; ++lane)
+              shared[lane][threadIdx.x] = tree(shared[lane][threadIdx.x], shared[lane + half][threadIdx.x]);
+          sum = shared[0][threadIdx.x];
+        }
+        __syncthreads();                                       // before shared is written again
+        if (threadIdx.y != w) continue;
+      }
+      if (d >= r.inner) continue;
+      if (sums) atomicAdd(sums + v * r.inner + d, sum);
+      else partial[k * r.inner + d] = sum;
+    }
+  }
+}
+
+// input + the groups of every output, one after the other or shuffled; or input + what was raced into sums.
+template <class T, class Acc>
+__global__ void add_groups(Reduction r, Segments s, const T* input, Acc* partial, const Acc* sums, T* out) {
+  const Key key{r.seed, r.device_step ? uint32_t(*r.device_step) : r.step, r.op};
+  for (int64_t o = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; o < r.outputs();
+       o += int64_t(gridDim.x) * blockDim.x) {
+    const int64_t v = o / r.inner, n = s.start[v + 1] - s.start[v], groups = min(n, r.groups);
+    if (n == 0) {
+      out[o] = input[o];
+      continue;
+    }
+    Acc sum;
+    if (sums) {
+      sum = sums[o];
+    } else {
+      Acc* p = partial + s.start[v] * r.inner + o % r.inner;
+      if (r.order == Order::shuffled) shuffle(p, int(groups), r.inner, key, r.per_output ? uint64_t(o) : 0);
+      sum = p[0];
+      for (int64_t g = 1; g < groups; ++g) sum = sum + p[g * r.inner];
+    }
+    out[o] = T(Acc(input[o]) + Acc(T(sum)));
+  }
+}
+
+// The order "exact": one thread an output.
+template <class T, class Acc>
+__global__ void add_exact(Reduction r, Segments s, const T* input, const T* source, T* out) {
+  for (int64_t o = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; o < r.outputs();
+       o += int64_t(gridDim.x) * blockDim.x) {
+    const int64_t v = o / r.inner;
+    Exact exact;
+    exact.clear();
+    for (int64_t k = s.start[v]; k < s.start[v + 1]; ++k)
+      exact.add(double(source[s.position[k] * r.inner + o % r.inner]));
+    out[o] = s.start[v] == s.start[v + 1] ? input[o] : T(Acc(input[o]) + Acc(exact.template rounded<T>()));
+  }
+}
+
 int grid(int64_t jobs) { return int(std::min<int64_t>(std::max<int64_t>(jobs, 1), 1 << 20)); }
 
 template <class T>
@@ -420,20 +534,62 @@ struct Sum {
   }
 };
 
+template <class T>
+void index_add(const Reduction& r, const Segments& s, const Tensor& input, const Tensor& source, Tensor& out,
+               cudaStream_t stream) {
+  using Acc = typename AccType<T>::type;
+  const T *in = static_cast<const T*>(input.const_data_ptr()), *terms = static_cast<const T*>(source.const_data_ptr());
+  T* result = static_cast<T*>(out.mutable_data_ptr());
+  constexpr int threads = 128;
+  const int blocks = grid((r.outputs() + threads - 1) / threads);
+  if (r.order == Order::exact) {
+    add_exact<T, Acc><<<blocks, threads, 0, stream>>>(r, s, in, terms, result);
+    return check(cudaGetLastError());
+  }
+  const bool race = r.order == Order::atomic;
+  Tensor scratch = torch::stable::new_empty(input, {race ? r.outputs() : r.terms * r.inner},
+                                            std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float);
+  Acc* partial = static_cast<Acc*>(scratch.mutable_data_ptr());
+  Acc* sums = race ? partial : nullptr;
+  if (race) {
+    fill<T, Acc><<<blocks, threads, 0, stream>>>(sums, r.outputs(), Acc(-0.0f));
+    check(cudaGetLastError());
+  }
+  const int64_t jobs = (r.inner + kLanes - 1) / kLanes * ((r.terms + kGroupWarps - 1) / kGroupWarps);
+  group_sums<T, Acc><<<grid(jobs), dim3(kLanes, kGroupWarps), 0, stream>>>(r, s, terms, partial, sums);
+  check(cudaGetLastError());
+  add_groups<T, Acc><<<blocks, threads, 0, stream>>>(r, s, in, partial, sums, result);
+  check(cudaGetLastError());
+}
+
+// The stream to launch on. A DeviceGuard must be in force.
+cudaStream_t stream_of(const Tensor& x) {
+  void* current = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
+  return static_cast<cudaStream_t>(current);
+}
+
+template <class F>
+void for_type(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float: return f(float());
+    case ScalarType::Double: return f(double());
+    case ScalarType::Half: return f(torch::headeronly::Half());
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16());
+    default: STD_TORCH_CHECK(false, "ordered_reduce is not implemented for this dtype");
+  }
+}
+
 }  // namespace
 
 void sum_cuda(const Reduction& r, const Tensor& x, Tensor& out) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  void* current = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
-  const cudaStream_t stream = static_cast<cudaStream_t>(current);
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Sum<float>{r, x, out, stream}.run();
-    case ScalarType::Double: return Sum<double>{r, x, out, stream}.run();
-    case ScalarType::Half: return Sum<torch::headeronly::Half>{r, x, out, stream}.run();
-    case ScalarType::BFloat16: return Sum<torch::headeronly::BFloat16>{r, x, out, stream}.run();
-    default: STD_TORCH_CHECK(false, "sum is not implemented for this dtype");
-  }
+  for_type(x.scalar_type(), [&]<class T>(T) { Sum<T>{r, x, out, stream_of(x)}.run(); });
+}
+
+void index_add_cuda(const Reduction& r, const Segments& s, const Tensor& input, const Tensor& source, Tensor& out) {
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  for_type(input.scalar_type(), [&]<class T>(T) { index_add<T>(r, s, input, source, out, stream_of(input)); });
 }
 
 }  // namespace ordered

@@ -177,13 +177,12 @@ struct ExactSum {
 
   // n terms of `here` outputs as strips of rows of kWidth, zeros after the last: where they lie or in the buffer.
   INLINE const A* lay_out(const T* first, int64_t at, int64_t n, int64_t here, A* buffer) const {
-    first += at * r.term_stride;
     if (across) {
       for (int64_t row = 0; row < n; row += kStreams)   // several at a time, which hides the way to memory
         for (int64_t w = 0; w < here; w += kWidth)
           for (int64_t k = row; k < std::min(row + kStreams, n); ++k) {
             A* to = buffer + w / kWidth * strip + k * kWidth;
-            const T* from = first + k * r.term_stride + w;
+            const T* from = first + (r.rows ? r.rows[at + k] : at + k) * r.term_stride + w;
             if (std::is_same_v<T, A> && w + kWidth <= here)
               memcpy(to, from, kWidth * sizeof(A));
             else
@@ -191,6 +190,7 @@ struct ExactSum {
           }
       return buffer;
     }
+    first += at * r.term_stride;   // `rows` are for outputs side by side
     if constexpr (std::is_same_v<T, A>)
       if (r.term_stride == 1 && n % kWidth == 0) return first;
     for (int64_t i = 0; i < n; ++i) buffer[i] = A(first[i * r.term_stride]);
@@ -246,11 +246,9 @@ struct ExactSum {
 
 }  // namespace
 
-void exact_cpu(const Reduction& r, const Tensor& x, Tensor& out) {
-  const auto run = [&]<class T>(T) {
-    ExactSum<T>{r, static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr())}.run();
-  };
-  switch (x.scalar_type()) {
+void exact_cpu(const Reduction& r, ScalarType type, const void* x, void* out) {
+  const auto run = [&]<class T>(T) { ExactSum<T>{r, static_cast<const T*>(x), static_cast<T*>(out)}.run(); };
+  switch (type) {
     case ScalarType::Float: return run(float());
     case ScalarType::Double: return run(double());
     case ScalarType::Half: return run(torch::headeronly::Half());

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "ops.h"
@@ -43,19 +44,9 @@ Tensor empty(const std::vector<int64_t>& sizes, const Tensor& x) {
   return Tensor(out);
 }
 
-using Launch = void (*)(const Reduction&, const Tensor&, Tensor&);
-
-template <Launch launch>
-Tensor sum(const Tensor& x, const std::optional<std::vector<int64_t>>& dim, bool keepdim, int64_t order,
-           bool per_output, int64_t splits, int64_t seed, const std::optional<Tensor>& step, int64_t op) {
-  std::vector<bool> reduced(x.dim(), !dim);
-  for (int64_t d : dim.value_or(std::vector<int64_t>())) {
-    STD_TORCH_CHECK(0 <= d && d < x.dim(), "dim out of range: ", d);
-    reduced[d] = true;
-  }
+Reduction ordered(int64_t order, bool per_output, int64_t seed, const std::optional<Tensor>& step, int64_t op,
+                  const Tensor& x) {
   STD_TORCH_CHECK(0 <= order && order <= 3, "unknown order: ", order);
-  STD_TORCH_CHECK(splits >= 1, "splits must be at least 1, got ", splits);
-
   Reduction r;
   r.order = Order(order), r.per_output = per_output;
   r.seed = uint64_t(seed), r.op = uint32_t(op);
@@ -71,7 +62,22 @@ Tensor sum(const Tensor& x, const std::optional<std::vector<int64_t>>& dim, bool
       r.device_step = value;
     }
   }
+  return r;
+}
 
+using Launch = void (*)(const Reduction&, const Tensor&, Tensor&);
+
+template <Launch launch>
+Tensor sum(const Tensor& x, const std::optional<std::vector<int64_t>>& dim, bool keepdim, int64_t order,
+           bool per_output, int64_t splits, int64_t seed, const std::optional<Tensor>& step, int64_t op) {
+  std::vector<bool> reduced(x.dim(), !dim);
+  for (int64_t d : dim.value_or(std::vector<int64_t>())) {
+    STD_TORCH_CHECK(0 <= d && d < x.dim(), "dim out of range: ", d);
+    reduced[d] = true;
+  }
+  STD_TORCH_CHECK(splits >= 1, "splits must be at least 1, got ", splits);
+
+  Reduction r = ordered(order, per_output, seed, step, op, x);
   std::vector<Axis> kept, terms;
   std::vector<int64_t> sizes, order_of_axes;
   for (int64_t d = 0; d < x.dim(); ++d) {
@@ -107,6 +113,46 @@ Tensor sum(const Tensor& x, const std::optional<std::vector<int64_t>>& dim, bool
   return out;
 }
 
+// start[0 ... size], then position[0 ... n - 1]: where v stands in index, in order, is position[start[v]] ...
+// position[start[v + 1] - 1].
+Tensor segments(const Tensor& index, int64_t size) {
+  const int64_t n = index.numel();
+  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.is_contiguous(), "index must be contiguous int64");
+  Tensor result = empty({size + 1 + n}, index);
+  const int64_t* at = static_cast<const int64_t*>(index.const_data_ptr());
+  int64_t* start = static_cast<int64_t*>(result.mutable_data_ptr());
+  std::fill(start, start + size + 1, 0);
+  for (int64_t i = 0; i < n; ++i) {
+    STD_TORCH_CHECK(0 <= at[i] && at[i] < size, "index out of range: ", at[i]);
+    ++start[at[i]];
+  }
+  int64_t before = 0;
+  for (int64_t v = 0; v <= size; ++v) before += std::exchange(start[v], before);
+  for (int64_t i = 0; i < n; ++i) start[size + 1 + start[at[i]]++] = i;   // start[v] becomes that of v + 1
+  for (int64_t v = size; v > 0; --v) start[v] = start[v - 1];
+  start[0] = 0;
+  return result;
+}
+
+using AddLaunch = void (*)(const Reduction&, const Segments&, const Tensor&, const Tensor&, Tensor&);
+
+template <AddLaunch launch>
+Tensor index_add(const Tensor& input, const Tensor& index, const Tensor& source, const Tensor& segments, int64_t order,
+                 bool per_output, int64_t splits, int64_t seed, const std::optional<Tensor>& step, int64_t op) {
+  Reduction r = ordered(order, per_output, seed, step, op, input);
+  const int64_t size = input.size(0), n = index.numel();
+  STD_TORCH_CHECK(input.dim() == 2 && source.dim() == 2 && source.size(0) == n && source.size(1) == input.size(1) &&
+                  segments.numel() == size + 1 + n && input.scalar_type() == source.scalar_type() && splits >= 1,
+                  "index_add: shapes or dtypes do not match");
+  const Tensor from = torch::stable::contiguous(input), terms = torch::stable::contiguous(source);
+  Tensor out = empty({size, input.size(1)}, input);
+  if (out.numel() == 0) return out;
+  r.outer = size, r.terms = n, r.inner = input.size(1), r.groups = splits;
+  const int64_t* start = static_cast<const int64_t*>(segments.const_data_ptr());
+  launch(r, {static_cast<const int64_t*>(index.const_data_ptr()), start, start + size + 1}, from, terms, out);
+  return out;
+}
+
 bool cuda_built() {
 #ifdef ORDERED_CUDA
   return true;
@@ -123,6 +169,9 @@ STABLE_TORCH_LIBRARY(ordered_reduce, m) {
         " int op) -> Tensor");
   m.def("sum_forward(Tensor x, int[]? dim, bool keepdim, int order, bool per_output, int splits, int seed,"
         " Tensor? step, int op) -> Tensor");   // the same, without the derivative that ops.py gives sum
+  m.def("segments(Tensor index, int size) -> Tensor");
+  m.def("index_add(Tensor input, Tensor index, Tensor source, Tensor segments, int order, bool per_output, int splits,"
+        " int seed, Tensor? step, int op) -> Tensor");
   m.def("cuda_built() -> bool");
 }
 
@@ -133,11 +182,14 @@ STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CPU, m) {
   m.impl("sum", TORCH_BOX(&ordered::sum<ordered::sum_cpu>));
   m.impl("sum_forward", TORCH_BOX(&ordered::sum<ordered::sum_cpu>));
+  m.impl("segments", TORCH_BOX(&ordered::segments));
+  m.impl("index_add", TORCH_BOX(&ordered::index_add<ordered::index_add_cpu>));
 }
 
 #ifdef ORDERED_CUDA
 STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CUDA, m) {
   m.impl("sum", TORCH_BOX(&ordered::sum<ordered::sum_cuda>));
   m.impl("sum_forward", TORCH_BOX(&ordered::sum<ordered::sum_cuda>));
+  m.impl("index_add", TORCH_BOX(&ordered::index_add<ordered::index_add_cuda>));
 }
 #endif

@@ -24,6 +24,8 @@ struct Reduction {
   uint64_t seed;
   uint32_t step, op;
   const int64_t* device_step;   // where step stands on the device of x; null: it is known here
+  const int64_t* rows = nullptr;   // on the CPU: t stands for rows[t] above
+  uint64_t first = 0;              // number of the first output, for its draws
 
   ORDERED_HD int64_t outputs() const { return outer * inner; }
 };
@@ -31,7 +33,18 @@ struct Reduction {
 // out is contiguous and not empty, terms > 0.
 void sum_cpu(const Reduction& r, const Tensor& x, Tensor& out);
 void sum_cuda(const Reduction& r, const Tensor& x, Tensor& out);
-void exact_cpu(const Reduction& r, const Tensor& x, Tensor& out);
+
+// The same for x and out of r's dtype at the given places.
+void exact_cpu(const Reduction& r, ScalarType type, const void* x, void* out);
+
+// out[v] = input[v] + the reduction of source[position[start[v]]] ... source[position[start[v + 1] - 1]]; all of these
+// are rows of r.inner numbers one after the other. r.outer is the number of v, r.terms that of source's rows, r.groups
+// the splits asked for. index[position[k]] is v.
+struct Segments {
+  const int64_t *index, *start, *position;
+};
+void index_add_cpu(const Reduction& r, const Segments& s, const Tensor& input, const Tensor& source, Tensor& out);
+void index_add_cuda(const Reduction& r, const Segments& s, const Tensor& input, const Tensor& source, Tensor& out);
 
 // Half types accumulate in float.
 template <class T>

@@ -259,3 +259,18 @@ def test_errors_of_dtype():
     ordered_reduce.convert(double, noise="flip", bit=60)
     double(x.double()).sum().backward()
     assert F.linear(x.double(), double.weight).isfinite().all() and double.weight.grad.dtype == torch.float64
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "stochastic", "flip"])
+def test_embeddings_have_noise_as_well(noise):
+    gradients = []
+    for chosen in (None, noise, noise):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Embedding(50, 8))
+        ordered_reduce.convert(model, noise=chosen, flips=20)
+        out = model(torch.randint(0, 50, (400,)))
+        assert out.dtype == torch.float32
+        (out * torch.randn(400, 8)).sum().backward()
+        gradients.append(model[0].weight.grad)
+    assert torch.equal(gradients[1], gradients[2]) and not torch.equal(gradients[0], gradients[1])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-5)

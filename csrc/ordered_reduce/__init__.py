@@ -1,7 +1,8 @@
 """Floating-point sums whose order of additions is an argument.
 
     ordered_reduce.sum(x, dim, order="fixed" | "shuffled" | "atomic" | "exact", ...)
-    ordered_reduce.conv2d, ordered_reduce.linear     PyTorch's layers with ordered weight gradients
+    ordered_reduce.index_add(input, dim, index, source, order=...)
+    ordered_reduce.conv2d, linear, embedding         PyTorch's layers with ordered weight gradients
     policy = ordered_reduce.convert(model, order="shuffled"); ...; optimizer.step(); policy.step()
     ordered_reduce.noisy(weight, "gaussian", ulps=0.1)   a weight with seeded noise in its gradient; convert(noise=...)
     ordered_reduce.audit(model, input)               which modules repeat, and treat equal channels equally
@@ -10,9 +11,10 @@
 """
 
 from .checks import Report, audit
-from .layers import Policy, conv2d, convert, linear
+from .layers import Policy, conv2d, convert, embedding, linear
 from .noise import noisy
-from .ops import cuda_built, sum
+from .ops import cuda_built, index_add, sum
 from .training import audit_training
 
-__all__ = ["Policy", "Report", "audit", "audit_training", "conv2d", "convert", "cuda_built", "linear", "noisy", "sum"]
+__all__ = ["Policy", "Report", "audit", "audit_training", "conv2d", "convert", "cuda_built", "embedding", "index_add",
+           "linear", "noisy", "sum"]

@@ -1,8 +1,10 @@
-"""conv2d and linear whose weight gradient is added up in a chosen order, and `convert`, which puts them into a model.
+"""conv2d, linear and embedding whose weight gradient is added up in a chosen order, and `convert`, which puts them into
+a model.
 
 The terms of a weight gradient are the samples of the batch. They are cut into G groups, PyTorch's own convolution or
 matrix product gives the G partial gradients, and `ordered_reduce.sum` adds those. Everything else (the output, the
-input's gradient) is PyTorch's; a bias gradient is summed in fixed order in every order but native.
+input's gradient) is PyTorch's; a bias gradient is summed in fixed order in every order but native. The terms of a
+row of an embedding's gradient are the gradients of the places where its number stands: `ordered_reduce.index_add`.
 """
 
 import fnmatch
@@ -12,10 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from .noise import check_noise, noisy
-from .ops import ORDERS, check_order, sum
+from .ops import ORDERS, check_order, check_tensor, index_add, sum
 
-# "exact" adds the G partial gradients exactly, for sum() does that anyway. The partial gradients themselves are rounded
-# by PyTorch's kernels, so that unlike an exact sum of all samples the result is still a function of `splits`.
+# "exact" adds the G partial gradients of a convolution or matrix product exactly, for sum() does that anyway. They are
+# rounded by PyTorch's kernels, so that unlike an exact sum of all samples the result is still a function of `splits`.
 LAYER_ORDERS = (*ORDERS, "native")
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
@@ -168,6 +170,42 @@ def linear(x, weight, bias=None, *, order="fixed", splits=8, seed=0, step=0, op=
     return out if x.ndim > 1 else out.squeeze(0)
 
 
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, padding_idx, *order):
+        ctx.save_for_backward(input)
+        ctx.shape, ctx.padding_idx, ctx.order = weight.shape, padding_idx, order
+        return F.embedding(input, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, = ctx.saved_tensors
+        names = ("order", "splits", "seed", "step", "op", "scope")
+        grad_weight = index_add(grad.new_zeros(ctx.shape), 0, input.reshape(-1), grad.reshape(-1, ctx.shape[1]),
+                                **dict(zip(names, ctx.order, strict=True)))
+        if ctx.padding_idx is not None:
+            grad_weight = grad_weight.index_fill(0, input.new_tensor([ctx.padding_idx]).long(), 0)
+        return None, grad_weight, *[None] * 7
+
+
+def embedding(input, weight, padding_idx=None, *, order="fixed", splits=8, seed=0, step=0, op=0, scope="output"):
+    """torch.nn.functional.embedding with the gradient of weight added up in the given order, by `index_add`.
+
+    input is int64 or int32 of any shape, weight (rows, width); the output is input.shape + (width,). The gradient of
+    row padding_idx is 0. The order arguments are those of `ordered_reduce.sum`; order="native" is PyTorch's own. Errors
+    are PyTorch's; a wrong order argument raises ValueError.
+    """
+    check_order(order, splits, seed, op, scope, LAYER_ORDERS)
+    if order == "native":
+        return F.embedding(input, weight, padding_idx)
+    check_tensor("embedding", "weight", weight)
+    if padding_idx is not None:
+        if not -weight.shape[0] <= padding_idx < weight.shape[0]:
+            raise AssertionError(f"padding_idx must be within num_embeddings ({weight.shape[0]}); got {padding_idx}")
+        padding_idx %= weight.shape[0]
+    return _Embedding.apply(input, weight, padding_idx, order, splits, seed, step, op, scope)
+
+
 class Conv2d(nn.Conv2d):
     """nn.Conv2d whose weight gradient follows self.policy; made by `convert`."""
 
@@ -185,6 +223,22 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         return linear(x, self.policy.noisy(self.weight, self.op), self.bias, **self.policy.arguments(self.op))
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding whose weight gradient follows self.policy; made by `convert`."""
+
+    def forward(self, input):
+        weight = self.policy.noisy(self.weight, self.op)   # float64 for stochastic rounding
+        return embedding(input, weight, self.padding_idx, **self.policy.arguments(self.op)).to(self.weight.dtype)
+
+
+def _convertible(module):
+    """The class that `convert` gives the module, or None."""
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
+        return None
+    return {nn.Conv2d: Conv2d, Conv2d: Conv2d, nn.Linear: Linear, Linear: Linear, nn.Embedding: Embedding,
+            Embedding: Embedding}.get(type(module))
 
 
 class Policy:
@@ -237,14 +291,16 @@ class Policy:
 
 def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", steps=None, noise=None, ulps=1.0,
             flips=1.0, bit=0):
-    """Gives the nn.Conv2d and nn.Linear layers of any model ordered weight gradients, in place, with noise or without.
+    """Gives the nn.Conv2d, nn.Linear and nn.Embedding layers of any model ordered weight gradients, in place, with
+    noise or without.
 
     Parameters, names, hooks and state_dict stay as they are. A layer that is converted already follows the new policy.
 
     Args:
-      model: any nn.Module. Subclasses of nn.Conv2d and nn.Linear are left alone: they may compute something else.
-      order: "fixed", "shuffled", "atomic", "exact" (of the partial gradients, which are rounded) or "native" (PyTorch's
-        own gradient).
+      model: any nn.Module. Subclasses of these layers are left alone, for they may compute something else; so are
+        embeddings with max_norm, scale_grad_by_freq or sparse.
+      order: "fixed", "shuffled", "atomic", "exact" (but for embeddings, of partial gradients that are rounded) or
+        "native" (PyTorch's own gradient).
       splits, seed, scope: as in `ordered_reduce.sum`; a batch smaller than splits makes fewer groups.
       layers: glob pattern, or list of them, of layer names ("*", "stages.0.*", ["stem", "head"]). Others stay as they
         are. A layer's op, the number its draws are keyed by, is its place among all layers of the model, whatever is
@@ -258,14 +314,13 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     """
     policy = Policy(order, splits, seed, scope, steps, noise, ulps, flips, bit)
     patterns = [layers] if isinstance(layers, str) else list(layers)
-    candidates = [(name, module) for name, module in model.named_modules()
-                  if type(module) in (nn.Conv2d, nn.Linear, Conv2d, Linear)]
+    candidates = [(name, module) for name, module in model.named_modules() if _convertible(module)]
     for op, (name, module) in enumerate(candidates):
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            module.__class__ = Conv2d if isinstance(module, nn.Conv2d) else Linear
+            module.__class__ = _convertible(module)
             module.policy, module.op = policy, op
             policy.layers.append(name)
     if not policy.layers:
         names = ", ".join(name for name, _ in candidates) or "none"
-        raise ValueError(f"layers matches no layer: {layers!r}; the model's Conv2d and Linear layers are: {names}")
+        raise ValueError(f"layers matches no layer: {layers!r}; the model's layers that can be converted are: {names}")
     return policy

@@ -1,4 +1,4 @@
-"""`sum` with the order of additions as an argument. The definition of every order stands in ../order.h."""
+"""`sum` and `index_add` with the order of additions as an argument. Every order is defined in ../order.h, exact.h."""
 
 import importlib.machinery
 import pathlib
@@ -35,6 +35,28 @@ def check_order(order, splits, seed, op, scope, orders=ORDERS):
         raise ValueError(f"op must lie in [0, 2**32); got {op}")
     if not -1 << 63 <= seed < 1 << 63:
         raise ValueError(f"seed must be a signed 64-bit integer; got {seed}")
+
+
+def check_tensor(function, name, x):
+    """Raises where x is no tensor, not of a dtype that can be summed, or on CUDA without the CUDA kernels."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(x).__name__}")
+    if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        raise NotImplementedError(f"ordered_reduce.{function} is not implemented for {name} of dtype {x.dtype}: give "
+                                  "it a floating-point tensor (float32, float64, float16 or bfloat16)")
+    if x.is_cuda and not cuda_built():
+        raise RuntimeError(f"ordered_reduce was built for the CPU alone, but {name} is on CUDA: put nvcc on PATH (or "
+                           "set CUDA_HOME) and run `pip install -e csrc --force-reinstall --no-deps`")
+
+
+def _step(step, order, name, x):
+    """step as the operators take it."""
+    if not isinstance(step, torch.Tensor):
+        return torch.full((), step, dtype=torch.int64) if order == "shuffled" else None
+    if step.device.type != "cpu" and step.device != x.device:
+        raise RuntimeError("Expected all tensors to be on the same device, but found step on "
+                           f"{step.device} and {name} on {x.device}")
+    return step
 
 
 def _dims(dim, ndim):
@@ -89,20 +111,9 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
     splits, seed, op or scope, RuntimeError for a step on another device, or for a CUDA tensor where the CUDA kernels
     were not built.
     """
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"sum(): argument 'x' must be Tensor, not {type(x).__name__}")
-    if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        raise NotImplementedError(f"ordered_reduce.sum is not implemented for x of dtype {x.dtype}: give it a floating-"
-                                  "point tensor (float32, float64, float16 or bfloat16)")
+    check_tensor("sum", "x", x)
     check_order(order, splits, seed, op, scope)
-    if x.is_cuda and not cuda_built():
-        raise RuntimeError("ordered_reduce was built for the CPU alone, but x is on CUDA: put nvcc on PATH (or set "
-                           "CUDA_HOME) and run `pip install -e csrc --force-reinstall --no-deps`")
-    if not isinstance(step, torch.Tensor):
-        step = torch.full((), step, dtype=torch.int64) if order == "shuffled" else None
-    elif step.device.type != "cpu" and step.device != x.device:
-        raise RuntimeError("Expected all tensors to be on the same device, but found step on "
-                           f"{step.device} and x on {x.device}")
+    step = _step(step, order, "x", x)
     call = _sum if x.requires_grad and torch.is_grad_enabled() else _sum_forward
     return call(x, None if dim is None else _dims(dim, x.ndim), keepdim, ORDERS.index(order), scope == "output",
                 splits, seed, step, op)
@@ -135,3 +146,82 @@ def _backward(ctx, grad):   # every term has derivative 1, whatever the order
 
 
 torch.library.register_autograd("ordered_reduce::sum", _backward, setup_context=_setup_context)
+
+
+def index_add(input, dim, index, source, *, order="fixed", splits=8, seed=0, step=0, op=0, scope="output"):
+    """torch.index_add with the order of the additions as an argument.
+
+    The terms of one row of the result (one index along dim) are the rows of source with that index, in source's order.
+    They are reduced as `sum` would reduce them over dim, with as many groups, and what that gives, rounded to the
+    dtype, is added to the row of input: input + sum. A row without terms is input's. The draws of "shuffled" are keyed
+    by an output's position in the result with dim moved to the front.
+
+    Args:
+      input: floating-point tensor of any shape and strides, with one dimension at least.
+      dim: int, the dimension of the index.
+      index: (n,) int64 or int32, each in [0, input.size(dim)).
+      source: of input's dtype and shape, but for size n along dim.
+      order, splits, seed, step, op, scope: as in `sum`.
+
+    Returns the result, with the shape, dtype and device of input. Raises what torch.index_add raises for wrong
+    arguments (an index out of range: IndexError, on CUDA too, which waits for the device), and what `sum` raises for
+    the order arguments.
+    """
+    check_tensor("index_add", "input", input)
+    check_tensor("index_add", "source", source)
+    check_order(order, splits, seed, op, scope)
+    if not isinstance(index, torch.Tensor):
+        raise TypeError(f"index_add(): argument 'index' must be Tensor, not {type(index).__name__}")
+    if input.ndim == 0 or source.ndim == 0:   # as a vector of one element
+        return index_add(input.reshape(-1) if input.ndim == 0 else input, dim, index, source.reshape(-1), order=order,
+                         splits=splits, seed=seed, step=step, op=op, scope=scope).reshape(input.shape)
+    dim, = _dims(int(dim), input.ndim)
+    if index.ndim > 1:
+        raise IndexError(f"index_add(): Index is supposed to be a vector, but got dim: {index.ndim}")
+    if index.dtype not in (torch.int64, torch.int32):
+        raise RuntimeError(f"index_add(): Expected dtype int32/int64 for index, but got {index.dtype}")
+    if input.dtype != source.dtype:
+        raise RuntimeError(f"index_add(): self (input) and source must have the same scalar type, but got "
+                           f"{input.dtype} and {source.dtype}")
+    if not input.device == index.device == source.device:
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found input on {input.device}, index "
+                           f"on {index.device} and source on {source.device}")
+    if [*input.shape[:dim], index.numel(), *input.shape[dim + 1:]] != list(source.shape):
+        raise RuntimeError("index_add(): source must have the shape of input but for the size of index along dim, but "
+                           f"got input {list(input.shape)}, index {list(index.shape)}, source {list(source.shape)}, "
+                           f"dim {dim}")
+    rows, index = input.shape[dim], index.reshape(-1).long()
+    # A compiled program cannot raise for a value: there the CPU's kernel checks.
+    if not torch.compiler.is_compiling() and index.numel():
+        for extreme in index.aminmax():
+            if not 0 <= extreme < rows:
+                raise IndexError(f"index_add(): index {int(extreme)} is out of range for dimension {dim} with size "
+                                 f"{rows}")
+    moved = input.movedim(dim, 0)
+    width = moved.shape[1:].numel()
+    result = torch.ops.ordered_reduce.index_add(
+        moved.reshape(rows, width), index, source.movedim(dim, 0).reshape(index.numel(), width),
+        torch.ops.ordered_reduce.segments(index, rows), ORDERS.index(order), scope == "output", splits, seed,
+        _step(step, order, "input", input), op)
+    return result.reshape(moved.shape).movedim(0, dim)
+
+
+@torch.library.register_fake("ordered_reduce::segments")
+def _(index, size):
+    return index.new_empty(size + 1 + index.shape[0])
+
+
+@torch.library.impl("ordered_reduce::segments", "CUDA")
+def _(index, size):
+    values, position = index.sort(stable=True)
+    return torch.cat([torch.searchsorted(values, torch.arange(size + 1, device=index.device)), position])
+
+
+@torch.library.register_fake("ordered_reduce::index_add")
+def _(input, *_):
+    return input.new_empty(input.shape)
+
+
+torch.library.register_autograd(
+    "ordered_reduce::index_add", lambda ctx, grad: (grad, None, grad.index_select(0, *ctx.saved_tensors), *[None] * 7),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]))

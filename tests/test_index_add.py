@@ -1,0 +1,208 @@
+"""index_add is the sums of the rows with one index, added once; embedding's gradient is index_add."""
+
+import copy
+
+import ordered_reduce
+import pytest
+import reference
+import torch
+from test_sum import DTYPES, noise, same_bits
+from torch import nn
+from torch.nn import functional as F
+
+ORDERS = ["fixed", "shuffled", "atomic", "exact"]
+KEYS = dict(seed=3, step=5, op=7)
+
+
+def expected_rows(input, index, source, order, splits, scope="output"):
+    """(rows, width), from the reference's sum of each row's terms."""
+    out = input.clone()
+    for v in index.unique().tolist():
+        terms = source[index == v]
+        if order == "exact":
+            total = ordered_reduce.sum(terms, 0, order="exact")
+        else:
+            groups = min(splits, len(terms))
+            partials = torch.stack([reference.tree(group) for group in terms.tensor_split(groups)])
+            for d in range(terms.shape[1]):
+                if order == "shuffled":
+                    drawn_for = v * terms.shape[1] + d if scope == "output" else 0
+                    partials[:, d] = partials[reference.permutation(groups, *KEYS.values(), drawn_for), d]
+            total = partials[0]
+            for partial in partials[1:]:
+                total = total + partial
+        out[v] = input[v] + total
+    return out
+
+
+@pytest.mark.parametrize("order,scope", [("fixed", "output"), ("shuffled", "output"), ("shuffled", "tensor"), ("exact", "output")])
+@pytest.mark.parametrize("n,rows,width", [(50, 20, 5), (900, 3, 9), (900, 3, 1), (300, 200, 1), (700, 2, 600), (9000, 2, 33)])
+def test_equals_the_reference(device, order, scope, n, rows, width):
+    generator = torch.Generator().manual_seed(n)
+    index = torch.randint(rows, (n,), generator=generator)
+    input, source = noise(rows, width, seed=1), noise(n, width, seed=2)
+    for splits in (1, 3, 8):
+        got = ordered_reduce.index_add(input.to(device), 0, index.to(device), source.to(device), order=order, splits=splits,
+                                       scope=scope, **KEYS)
+        assert same_bits(got, expected_rows(input, index, source, order, splits, scope)), splits
+        if width > 100:
+            break                                           # the reference draws one output after the other
+
+
+@pytest.mark.parametrize("order", ["fixed", "exact"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_is_the_sum_of_its_terms(device, dtype, order):
+    """Few and many terms, wide and narrow rows, any number of threads."""
+    for n, rows, width in [(30, 50, 4), (4000, 100, 20), (70000, 3, 8), (70000, 3, 1), (70000, 40, 1), (2000, 2, 1100)]:
+        index = torch.randint(rows, (n,), generator=torch.Generator().manual_seed(n)).to(device)
+        source = noise(n, width, dtype=dtype).to(device)
+        expected = torch.stack([ordered_reduce.sum(source[index == v], 0, order=order) for v in range(rows)])
+        for threads in (1, 3):
+            before = torch.get_num_threads()
+            try:
+                torch.set_num_threads(threads)
+                got = ordered_reduce.index_add(torch.zeros_like(expected), 0, index, source, order=order)
+            finally:
+                torch.set_num_threads(before)
+            assert same_bits(got, torch.zeros_like(expected) + expected)
+
+
+def test_one_shared_permutation_is_that_of_sum(device):
+    source, index = noise(400, 6).to(device), torch.zeros(400, dtype=torch.int64, device=device)
+    got = ordered_reduce.index_add(torch.zeros(2, 6, device=device), 0, index, source, order="shuffled", **KEYS)
+    assert same_bits(got[0], ordered_reduce.sum(source, 0, order="shuffled", **KEYS))     # the first row: the same outputs
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_integers_equal_pytorchs_along_every_dimension(device, order, dtype):
+    generator = torch.Generator().manual_seed(0)
+    for dim in (0, 1, -1):
+        input = torch.randint(-3, 4, (5, 6, 7), generator=generator).to(device, dtype)
+        shape = list(input.shape)
+        shape[dim] = 40
+        index = torch.randint(input.shape[dim], (40,), generator=generator).to(device)
+        source = torch.randint(-3, 4, shape[::-1], generator=generator).to(device, dtype).permute(2, 1, 0)
+        for i in (index, index.int()):
+            got = ordered_reduce.index_add(input, dim, i, source, order=order)
+            assert got.shape == input.shape and torch.equal(got, torch.index_add(input, dim, i, source))
+    one = torch.ones(3, 0, device=device, dtype=dtype)
+    assert ordered_reduce.index_add(one, 0, index[:2] % 3, one[:2], order=order).shape == (3, 0)
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    assert torch.equal(ordered_reduce.index_add(input, 0, none, input[:0], order=order), input)
+    scalar = torch.tensor(2.0, device=device, dtype=dtype)
+    assert ordered_reduce.index_add(scalar, 0, torch.tensor(0, device=device), scalar, order=order).item() == 4
+
+
+def test_a_row_without_terms_and_special_values(device):
+    input = torch.tensor([[-0.0, 1.0], [2.0, 3.0]], device=device)
+    index, inf = torch.tensor([1, 1], device=device), float("inf")
+    for order in ORDERS:
+        got = ordered_reduce.index_add(input, 0, index, torch.tensor([[inf, -0.0], [-inf, 1.0]], device=device), order=order)
+        assert same_bits(got[0], input[0]) and got[1, 0].isnan() and got[1, 1] == 4
+
+
+def test_atomic_races_over_the_groups_of_a_row(device):
+    if device == "cpu" and torch.get_num_threads() < 2:
+        pytest.skip("one thread cannot race")
+    source, index = noise(1 << 16, 64).to(device), (torch.arange(1 << 16) % 2).to(device)
+    runs = {ordered_reduce.index_add(torch.zeros(2, 64, device=device), 0, index, source, order="atomic", splits=64)
+            .cpu().numpy().tobytes() for _ in range(50)}
+    assert len(runs) > 1
+
+
+@pytest.mark.parametrize("order", ["fixed", "shuffled", "exact"])
+def test_opcheck_gradients_and_compile(device, order):
+    index = torch.tensor([2, 0, 2, 2], device=device)
+    arguments = (ordered_reduce.ops.ORDERS.index(order), True, 3, 1, torch.tensor(2), 3)
+    input, source = (torch.randn(n, 2, dtype=torch.float64, device=device, requires_grad=True) for n in (3, 4))
+    segments = torch.ops.ordered_reduce.segments(index, 3)
+    torch.library.opcheck(torch.ops.ordered_reduce.segments.default, (index, 3))
+    torch.library.opcheck(torch.ops.ordered_reduce.index_add.default, (input, index, source, segments, *arguments))
+
+    def f(input, source):
+        return ordered_reduce.index_add(input, 1, index, source, order=order, splits=3).square()
+
+    across = [t.detach().t().contiguous().requires_grad_() for t in (input, source)]
+    assert torch.autograd.gradcheck(f, across) and torch.autograd.gradgradcheck(f, across)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert same_bits(compiled(*across), f(*across))
+
+
+@pytest.mark.parametrize("arguments,error,named", [
+    (dict(dim=2), IndexError, "dim=2"), (dict(index=torch.tensor([0, 3])), IndexError, "index 3.*size 3"),
+    (dict(index=torch.tensor([-1, 0])), IndexError, "index -1"), (dict(index=torch.zeros(1, 2).long()), IndexError, "vector.*2"),
+    (dict(index=torch.tensor([0.0, 1.0])), RuntimeError, "index.*float32"), (dict(index=torch.tensor([0])), RuntimeError, "source"),
+    (dict(source=torch.ones(2, 5)), RuntimeError, r"source.*\[2, 5\]"), (dict(source=torch.ones(2, 4).double()), RuntimeError, "float64"),
+    (dict(index=[0, 1]), TypeError, "'index'.*list"), (dict(input=torch.ones(3, 4).long()), NotImplementedError, "input.*int64"),
+    (dict(source=torch.ones(2, 4, device="meta")), RuntimeError, "meta"), (dict(order="native"), ValueError, "order.*'native'"),
+    (dict(splits=0), ValueError, "splits.*0"), (dict(order="shuffled", op=-1), ValueError, "op.*-1"),
+], ids=lambda value: str(value)[:40])
+def test_errors_name_argument_and_value(arguments, error, named):
+    good = dict(input=torch.ones(3, 4), dim=0, index=torch.tensor([0, 2]), source=torch.ones(2, 4))
+    with pytest.raises(error, match=named):
+        ordered_reduce.index_add(**{**good, **arguments})
+    if not {"order", "splits", "index"} & set(arguments) and error is not NotImplementedError:
+        with pytest.raises(error):                          # as torch.index_add does
+            torch.index_add(**{**good, **arguments})
+
+
+def test_compiled_programs_check_the_index_too():
+    f = torch.compile(lambda i: ordered_reduce.index_add(torch.zeros(3, 4), 0, i, torch.ones(2, 4)), backend="aot_eager")
+    with pytest.raises(RuntimeError, match="index out of range: 9"):
+        f(torch.tensor([0, 9]))
+
+
+@pytest.mark.parametrize("order", [*ORDERS, "native"])
+def test_embedding_computes_the_same(device, order):
+    weight = torch.randint(-3, 4, (9, 5), device=device).float().requires_grad_()
+    words = torch.randint(9, (4, 30), device=device)
+    for padding_idx in (None, 2, -1):
+        grads = []
+        for f, more in ((F.embedding, {}), (ordered_reduce.embedding, dict(order=order))):
+            out = f(words, weight, padding_idx, **more)
+            grads += [out.detach(), *torch.autograd.grad(out.square().sum(), weight)]
+        assert torch.equal(grads[0], grads[2]) and torch.equal(grads[1], grads[3])
+    w = torch.randn(9, 2, dtype=torch.float64, device=device, requires_grad=True)
+    if order != "native":
+        def f(w):
+            return ordered_reduce.embedding(words[:1], w, 3, order=order).square()
+        assert torch.autograd.gradgradcheck(f, (w,), fast_mode=True)
+
+
+def test_convert_takes_embeddings(device):
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(20, 8, padding_idx=1), nn.Linear(8, 3)
+            self.sparse = nn.Embedding(20, 8, sparse=True)
+
+        def forward(self, words):
+            return self.head(self.words(words).mean(1))
+
+    torch.manual_seed(0)
+    model, words = Bag().to(device), torch.randint(20, (16, 50), device=device)
+    grads = {}
+    for order in ORDERS:
+        converted = copy.deepcopy(model)
+        policy = ordered_reduce.convert(converted, order=order, layers="words")
+        assert policy.layers == ["words"] and list(converted.state_dict()) == list(model.state_dict())
+        converted(words).square().sum().backward()
+        grads[order] = converted.words.weight.grad
+    model(words).square().sum().backward()
+    for grad in grads.values():
+        torch.testing.assert_close(grad, model.words.weight.grad)
+        assert not grad[1].any()
+    assert not torch.equal(grads["shuffled"], grads["fixed"])
+    assert ordered_reduce.convert(model).layers == ["words", "head"]
+
+
+def test_embedding_errors_are_pytorchs():
+    weight = torch.randn(3, 4, requires_grad=True)
+    for f in (F.embedding, ordered_reduce.embedding):
+        with pytest.raises(IndexError):
+            f(torch.tensor([3]), weight)
+        with pytest.raises(AssertionError):
+            f(torch.tensor([0]), weight, 7)
+    with pytest.raises(ValueError, match="order.*'x'"):
+        ordered_reduce.embedding(torch.tensor([0]), weight, order="x")
