@@ -296,7 +296,7 @@ struct Sum {
   int tile;              // outputs of one task
   int pitch;             // outputs for which there is room: whole vectors of kSide
   int64_t tiles;         // with across: tiles in one row of `inner` outputs
-  std::vector<int> order;   // in which the groups of every output are added
+  std::vector<int32_t> order;   // in which the groups of every output are added, unless r.tickets says so
 
   Sum(const Reduction& r, const T* x, T* out)
       : r(r), x(x), out(out), key{r.seed, r.step, r.op}, groups(r.terms, r.groups),
@@ -314,14 +314,15 @@ struct Sum {
 
   struct Place {
     int64_t output;
-    const T* x;          // terms of the first output
-    int width;           // outputs
+    const T* x;               // terms of the first output
+    int width;                // outputs
+    int64_t first, last;      // groups first ... last - 1
   };
   // Tiles are of neighbours along `inner` where their terms lie side by side, else of any consecutive outputs.
   Place place(int64_t task) const {
-    if (!across) return {task * tile, nullptr, int(std::min<int64_t>(tile, r.outputs() - task * tile))};
+    if (!across) return {task * tile, nullptr, int(std::min<int64_t>(tile, r.outputs() - task * tile)), 0, r.groups};
     const int64_t o = task / tiles, i = task % tiles * tile;
-    return {o * r.inner + i, x + o * r.outer_stride + i, int(std::min<int64_t>(tile, r.inner - i))};
+    return {o * r.inner + i, x + o * r.outer_stride + i, int(std::min<int64_t>(tile, r.inner - i)), 0, r.groups};
   }
   const T* terms_of(int64_t output) const {
     return x + output / r.inner * r.outer_stride + output % r.inner * r.inner_stride;
@@ -340,29 +341,29 @@ struct Sum {
     return counter.finish();
   }
 
-  // partial[g * pitch] for all groups of one output, of at most ROWS * kLanes contiguous terms: all in registers.
+  // partial[g * pitch] for the groups of one output, of at most ROWS * kLanes contiguous terms: all in registers.
   template <int ROWS>
-  INLINE void short_groups(const T* x, Acc* partial) const {
-    for (int64_t g = 0; g < r.groups; ++g) {
+  INLINE void short_groups(const Place& p, const T* x, Acc* partial) const {
+    for (int64_t g = p.first; g < p.last; ++g) {
       alignas(64) Acc sum[kLanes];
       contiguous_rows<ROWS>(x + groups[g].begin, groups[g].size, sum);
       partial[g * pitch] = add_lanes(sum);
     }
   }
 
-  // partial[g * pitch + output] for all groups of one tile.
+  // partial[g * pitch + output] for the groups of one tile.
   INLINE void partials_any(const Place& p, Acc* partial, Counter<Acc>& counter) const {
     const int width = across ? p.width : 1;
     for (int w = 0; w < p.width; w += width) {
       const T* terms = across ? p.x : terms_of(p.output + w);
       if (contiguous && groups.longest() <= kBlock) {
-        if (groups.longest() <= 1 * kLanes) short_groups<1>(terms, partial + w);
-        else if (groups.longest() <= 2 * kLanes) short_groups<2>(terms, partial + w);
-        else if (groups.longest() <= 4 * kLanes) short_groups<4>(terms, partial + w);
-        else short_groups<8>(terms, partial + w);
+        if (groups.longest() <= 1 * kLanes) short_groups<1>(p, terms, partial + w);
+        else if (groups.longest() <= 2 * kLanes) short_groups<2>(p, terms, partial + w);
+        else if (groups.longest() <= 4 * kLanes) short_groups<4>(p, terms, partial + w);
+        else short_groups<8>(p, terms, partial + w);
         continue;
       }
-      for (int64_t g = 0; g < r.groups; ++g) {
+      for (int64_t g = p.first; g < p.last; ++g) {
         const Group group = groups[g];
         const Terms<T> first = Terms<T>{terms, r.term_stride, r.rows}.from(group.begin);
         Acc* sums = partial + g * pitch + w;
@@ -389,12 +390,17 @@ struct Sum {
           swap_side(partial + w, last, pitch, other[i % 4]);
         }
       }
-    Acc* __restrict__ sum = partial + order[0] * int64_t(pitch);
-    for (int64_t g = 1; g < r.groups; ++g) {
-      const Acc* part = partial + order[g] * int64_t(pitch);
-      for (int w = 0; w < p.width; ++w) sum[w] += part[w];
+    for (int from = 0, to; from < p.width; from = to) {
+      const int64_t output = p.output + from;
+      const int32_t* by = r.tickets ? r.tickets + output / kStretch * r.groups : order.data();
+      to = r.tickets ? std::min(p.width, from + kStretch - int(output % kStretch)) : p.width;
+      Acc* __restrict__ sum = partial + by[0] * int64_t(pitch);
+      for (int64_t g = 1; g < r.groups; ++g) {
+        const Acc* part = partial + by[g] * int64_t(pitch);
+        for (int w = from; w < to; ++w) sum[w] += part[w];
+      }
+      for (int w = from; w < to; ++w) out[p.output + w] = T(sum[w]);
     }
-    for (int w = 0; w < p.width; ++w) out[p.output + w] = T(sum[w]);
   }
 
 #if defined(__x86_64__)
@@ -467,7 +473,39 @@ struct Sum {
     }
   }
 
+  // Every thread takes the next free (stretch of outputs, group), the group varying fastest, sums that group and then
+  // draws the stretch's next ticket. When all are done, every stretch adds its groups in the order of their tickets.
+  void arrive() {
+    const int64_t threads = torch::stable::get_num_threads(), jobs = r.stretches() * r.groups;
+    pitch = kStretch;
+    std::unique_ptr<Acc[]> partial(new Acc[jobs * kStretch]);
+    std::unique_ptr<std::atomic<int>[]> tickets(new std::atomic<int>[r.stretches()]());
+    std::atomic<int64_t> next{0};
+    const auto stretch = [&](int64_t s) {
+      return Place{s * kStretch, nullptr, int(std::min<int64_t>(kStretch, r.outputs() - s * kStretch)), 0, r.groups};
+    };
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      Counter<Acc> counter(int64_t(lanes) * (across ? kStretch : 1), (groups.longest() + kBlock - 1) / kBlock);
+      for (int64_t job; (job = next.fetch_add(1, std::memory_order_relaxed)) < jobs;) {
+        const int64_t s = job / r.groups, g = job % r.groups;
+        Acc* sums = partial.get() + s * r.groups * kStretch;
+        Place all = stretch(s);
+        for (int w = 0, width; w < all.width; w += width) {   // pieces along `inner`, where a tile must lie in it
+          const int64_t output = all.output + w;
+          width = across ? int(std::min<int64_t>(all.width - w, r.inner - output % r.inner)) : all.width;
+          partials(Place{output, terms_of(output), width, g, g + 1}, sums + w, counter);
+        }
+        r.tickets[s * r.groups + tickets[s].fetch_add(1, std::memory_order_acq_rel)] = int32_t(g);
+      }
+    });
+    torch::stable::parallel_for(0, r.stretches(), std::max<int64_t>(1, kGrain / (r.groups * kStretch)),
+                                [&](int64_t first, int64_t last) {
+      for (int64_t s = first; s < last; ++s) combine(stretch(s), partial.get() + s * r.groups * kStretch);
+    });
+  }
+
   void run() {
+    if (r.order == Order::arrival) return arrive();
     if (r.order != Order::atomic) {
       for_each_tile([this](const Place& p, Acc* partial) { combine(p, partial); });
       return;

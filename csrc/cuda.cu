@@ -6,6 +6,7 @@
 //   combine     the partial sums of the groups, one after the other or shuffled, one thread an output.
 //   race        the same partial sums with atomicAdd, one thread a (group, output).
 //   group_sums  the sums of the groups of index_add's rows, wherever their terms stand; add_groups and add_exact end it.
+//   arrive      fetches the same partial sums, one block a (group, stretch of outputs), and takes a ticket when done.
 //   exact_sums  the order "exact": the split and the integer of exact.h, which no order can change.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -177,14 +178,17 @@ __device__ void load_rows(const P* p, int64_t n, int64_t stride, Acc* v) {
 
 template <class P, class T, class Acc>
 __global__ void combine(Partials r, P* partial, T* out, bool shuffled, bool per_output, Key key,
-                        const int64_t* device_step) {
+                        const int64_t* device_step, const int32_t* tickets) {
   if (device_step) key.step = uint32_t(*device_step);
   for (int64_t o = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; o < r.outputs;
        o += int64_t(gridDim.x) * blockDim.x) {
     P* p = partial + r.at(o);
     const uint64_t drawn_for = per_output ? uint64_t(o) : 0;
     Acc sum = Acc(-0.0f);
-    if (shuffled && r.groups <= kShuffled) {
+    if (tickets) {
+      const int32_t* by = tickets + o / kStretch * r.groups;
+      for (int64_t g = 0; g < r.groups; ++g) sum = sum + Acc(p[by[g] * r.group_stride]);
+    } else if (shuffled && r.groups <= kShuffled) {
       Acc v[kShuffled];
       for (int g = 0; g < r.groups; g += kRows) load_rows(p + g * r.group_stride, r.groups - g, r.group_stride, v + g);
       shuffle(v, int(r.groups), 1, key, drawn_for);
@@ -210,6 +214,20 @@ __global__ void race(Partials r, const P* __restrict__ partial, Acc* sums) {
   for (int64_t job = blockIdx.x; job < columns * r.groups; job += gridDim.x) {
     const int64_t o = job / r.groups * blockDim.x + threadIdx.x;
     if (o < r.outputs) atomicAdd(sums + o, Acc(partial[r.at(o) + job % r.groups * r.group_stride]));
+  }
+}
+
+// A block of one warp for every (group, stretch of outputs), groups varying fastest: it fetches its partial sums and then
+// draws the stretch's next ticket.
+template <class P, class Acc>
+__global__ void arrive(Partials r, const P* __restrict__ partial, Acc* fetched, int* next, int32_t* tickets) {
+  const int64_t stretches = (r.outputs + kStretch - 1) / kStretch;
+  for (int64_t job = blockIdx.x; job < stretches * r.groups; job += gridDim.x) {
+    const int64_t s = job / r.groups, g = job % r.groups, o = s * kStretch + threadIdx.x;
+    if (o < r.outputs) fetched[g * r.outputs + o] = Acc(partial[r.at(o) + g * r.group_stride]);
+    __threadfence();       // the ticket is drawn when the sums have arrived, not before
+    __syncthreads();
+    if (threadIdx.x == 0) tickets[s * r.groups + atomicAdd(next + s, 1)] = int32_t(g);
   }
 }
 
@@ -485,9 +503,22 @@ struct Sum {
     constexpr int threads = 256;
     T* result = static_cast<T*>(out.mutable_data_ptr());
     const int blocks = grid((p.outputs + threads - 1) / threads);
+    if (r.order == Order::arrival) {
+      Tensor fetched = scratch(p.groups * p.outputs);
+      Tensor next = torch::stable::new_empty(x, {r.stretches()}, ScalarType::Int);
+      torch::stable::zero_(next);
+      Acc* sums = static_cast<Acc*>(fetched.mutable_data_ptr());
+      arrive<P, Acc><<<grid(r.stretches() * p.groups), kStretch, 0, stream>>>(
+          p, partial, sums, static_cast<int*>(next.mutable_data_ptr()), r.tickets);
+      check(cudaGetLastError());
+      combine<Acc, T, Acc><<<blocks, threads, 0, stream>>>({p.outputs, p.outputs, p.groups, 0, p.outputs, 1}, sums,
+                                                           result, false, false, Key{}, nullptr, r.tickets);
+      check(cudaGetLastError());
+      return;
+    }
     if (r.order != Order::atomic) {
       combine<P, T, Acc><<<blocks, threads, 0, stream>>>(p, partial, result, r.order == Order::shuffled, r.per_output,
-                                                         Key{r.seed, r.step, r.op}, r.device_step);
+                                                         Key{r.seed, r.step, r.op}, r.device_step, r.tickets);
       check(cudaGetLastError());
       return;
     }

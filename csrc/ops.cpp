@@ -67,9 +67,9 @@ Reduction ordered(int64_t order, bool per_output, int64_t seed, const std::optio
 
 using Launch = void (*)(const Reduction&, const Tensor&, Tensor&);
 
-template <Launch launch>
-Tensor sum(const Tensor& x, const std::optional<std::vector<int64_t>>& dim, bool keepdim, int64_t order,
-           bool per_output, int64_t splits, int64_t seed, const std::optional<Tensor>& step, int64_t op) {
+// r says in which order; its shape is filled in here.
+Tensor reduce(Launch launch, Reduction r, const Tensor& x, const std::optional<std::vector<int64_t>>& dim, bool keepdim,
+              int64_t splits, const Tensor* tickets = nullptr) {
   std::vector<bool> reduced(x.dim(), !dim);
   for (int64_t d : dim.value_or(std::vector<int64_t>())) {
     STD_TORCH_CHECK(0 <= d && d < x.dim(), "dim out of range: ", d);
@@ -77,7 +77,6 @@ Tensor sum(const Tensor& x, const std::optional<std::vector<int64_t>>& dim, bool
   }
   STD_TORCH_CHECK(splits >= 1, "splits must be at least 1, got ", splits);
 
-  Reduction r = ordered(order, per_output, seed, step, op, x);
   std::vector<Axis> kept, terms;
   std::vector<int64_t> sizes, order_of_axes;
   for (int64_t d = 0; d < x.dim(); ++d) {
@@ -109,8 +108,30 @@ Tensor sum(const Tensor& x, const std::optional<std::vector<int64_t>>& dim, bool
   r.inner = inner.size, r.inner_stride = inner.stride;
   r.terms = term.size, r.term_stride = term.stride;
   r.groups = std::min(splits, r.terms);   // a group without terms has nothing to add
+  if (tickets) {
+    STD_TORCH_CHECK(tickets->scalar_type() == ScalarType::Int && tickets->is_contiguous() &&
+                        tickets->numel() == r.stretches() * r.groups && tickets->is_cuda() == x.is_cuda() &&
+                        tickets->get_device_index() == x.get_device_index(),
+                    "tickets must be contiguous int32 of size (stretches, groups) on the device of x");
+    r.tickets = static_cast<int32_t*>(tickets->mutable_data_ptr());
+  }
   launch(r, input, out);
   return out;
+}
+
+template <Launch launch>
+Tensor sum(const Tensor& x, const std::optional<std::vector<int64_t>>& dim, bool keepdim, int64_t order,
+           bool per_output, int64_t splits, int64_t seed, const std::optional<Tensor>& step, int64_t op) {
+  return reduce(launch, ordered(order, per_output, seed, step, op, x), x, dim, keepdim, splits);
+}
+
+// In the order of tickets, which are taken now, or are given.
+template <Launch launch>
+Tensor sum_by_tickets(const Tensor& x, const std::optional<std::vector<int64_t>>& dim, bool keepdim, int64_t splits,
+                      bool take, const Tensor& tickets) {
+  Reduction r{};
+  r.order = take ? Order::arrival : Order::replay;
+  return reduce(launch, r, x, dim, keepdim, splits, &tickets);
 }
 
 // start[0 ... size], then position[0 ... n - 1]: where v stands in index, in order, is position[start[v]] ...
@@ -172,6 +193,7 @@ STABLE_TORCH_LIBRARY(ordered_reduce, m) {
   m.def("segments(Tensor index, int size) -> Tensor");
   m.def("index_add(Tensor input, Tensor index, Tensor source, Tensor segments, int order, bool per_output, int splits,"
         " int seed, Tensor? step, int op) -> Tensor");
+  m.def("sum_by_tickets(Tensor x, int[]? dim, bool keepdim, int splits, bool take, Tensor(a!) tickets) -> Tensor");
   m.def("cuda_built() -> bool");
 }
 
@@ -184,6 +206,7 @@ STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CPU, m) {
   m.impl("sum_forward", TORCH_BOX(&ordered::sum<ordered::sum_cpu>));
   m.impl("segments", TORCH_BOX(&ordered::segments));
   m.impl("index_add", TORCH_BOX(&ordered::index_add<ordered::index_add_cpu>));
+  m.impl("sum_by_tickets", TORCH_BOX(&ordered::sum_by_tickets<ordered::sum_cpu>));
 }
 
 #ifdef ORDERED_CUDA
@@ -191,5 +214,6 @@ STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CUDA, m) {
   m.impl("sum", TORCH_BOX(&ordered::sum<ordered::sum_cuda>));
   m.impl("sum_forward", TORCH_BOX(&ordered::sum<ordered::sum_cuda>));
   m.impl("index_add", TORCH_BOX(&ordered::index_add<ordered::index_add_cuda>));
+  m.impl("sum_by_tickets", TORCH_BOX(&ordered::sum_by_tickets<ordered::sum_cuda>));
 }
 #endif

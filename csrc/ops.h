@@ -11,7 +11,7 @@ namespace ordered {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum class Order { fixed, shuffled, atomic, exact };   // the numbers that ORDERS of ops.py gives them
+enum class Order { fixed, shuffled, atomic, exact, arrival, replay };   // the first four: the numbers in ORDERS of ops.py
 
 // x is seen as (outer, terms, inner) with any strides; out[o * inner + i] = sum over t of
 // x[o * outer_stride + t * term_stride + i * inner_stride].
@@ -26,8 +26,11 @@ struct Reduction {
   const int64_t* device_step;   // where step stands on the device of x; null: it is known here
   const int64_t* rows = nullptr;   // on the CPU: t stands for rows[t] above
   uint64_t first = 0;              // number of the first output, for its draws
+  int32_t* tickets = nullptr;      // arrival writes them, replay reads them: stretch s of the outputs adds first group
+                                   // tickets[s * groups], then tickets[s * groups + 1], ...
 
   ORDERED_HD int64_t outputs() const { return outer * inner; }
+  ORDERED_HD int64_t stretches() const { return (outputs() + kStretch - 1) / kStretch; }
 };
 
 // out is contiguous and not empty, terms > 0.

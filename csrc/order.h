@@ -9,7 +9,8 @@
 //           4, 2, 1. Where a row or lane is missing stands -0.0, the identity of IEEE addition (x + -0.0 is x for
 //           every x, both zeros included), so the tree is a function of the group's length alone and no term is added
 //           more than ceil(log2(length)) times: the error is that of pairwise summation.
-// Groups    fixed: ((p0 + p1) + p2) + ...; shuffled: the same after a Fisher-Yates shuffle with Philox4x32-10.
+// Groups    fixed: ((p0 + p1) + p2) + ...; shuffled: the same after a Fisher-Yates shuffle with Philox4x32-10; arrival
+//           and its replay: the same in the order of the tickets that the groups of a stretch of outputs took.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +26,7 @@ namespace ordered {
 constexpr int kLanes = 32;                 // terms in a row
 constexpr int kRows = 8;                   // rows in a block, the piece of the tree that is summed in registers
 constexpr int kBlock = kLanes * kRows;     // terms in a block
+constexpr int kStretch = 32;               // consecutive outputs that share their tickets; STRETCH of tape.py
 
 struct Group {
   int64_t begin, size;

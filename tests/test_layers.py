@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-ORDERS = ["fixed", "shuffled", "atomic", "exact", "native"]
+ORDERS = ["fixed", "shuffled", "atomic", "exact", "arrival", "native"]
 
 
 def network():

@@ -82,7 +82,7 @@ def test_error_within_the_bound_of_pairwise_summation(values, splits, order, dty
     assert abs(result - math.fsum(values)) <= bound * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("order", ["fixed", "shuffled", "atomic", "exact"])
+@pytest.mark.parametrize("order", ["fixed", "shuffled", "atomic", "exact", "arrival"])
 def test_large_sums_against_float64(device, order):
     x = torch.randn(1 << 21, generator=torch.Generator().manual_seed(0))
     depth = 18 + 7
@@ -91,7 +91,7 @@ def test_large_sums_against_float64(device, order):
         assert (error <= depth * 2.0**-24 * view.abs().double().sum(1)).all()
 
 
-@pytest.mark.parametrize("order", ["fixed", "shuffled", "atomic", "exact"])
+@pytest.mark.parametrize("order", ["fixed", "shuffled", "atomic", "exact", "arrival"])
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_integers_are_exact_in_any_order(order, data):
@@ -211,7 +211,7 @@ def test_atomic_races_on_the_cpu():
     assert len(runs) > 1
 
 
-@pytest.mark.parametrize("order", ["fixed", "shuffled", "atomic", "exact"])
+@pytest.mark.parametrize("order", ["fixed", "shuffled", "atomic", "exact", "arrival"])
 def test_special_values(device, order):
     def total(*values, dtype=torch.float32):
         return ordered_reduce.sum(torch.tensor(values, dtype=dtype, device=device), order=order, splits=3).item()

@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from .noise import check_noise, noisy
-from .ops import ORDERS, check_order, check_tensor, index_add, sum
+from .ops import ORDERS, SUM_ORDERS, arrival, check_order, check_tensor, index_add, sum
 
 # "exact" adds the G partial gradients of a convolution or matrix product exactly, for sum() does that anyway. They are
 # rounded by PyTorch's kernels, so that unlike an exact sum of all samples the result is still a function of `splits`.
-LAYER_ORDERS = (*ORDERS, "native")
+LAYER_ORDERS = (*SUM_ORDERS, "native")
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
@@ -88,9 +88,11 @@ def _linear_weight_partials(grad, x, splits):
     return partials[:, :shape[0], :shape[1]]
 
 
-def _add_partials(partials, weight, order, splits, seed, step, op, scope):
-    # Under autocast the partials are half types: they are added in the weight's own precision.
-    return sum(partials.to(weight.dtype), 0, order=order, splits=splits, seed=seed, step=step, op=op, scope=scope)
+def _add_partials(partials, samples, weight, order, splits, seed, step, op, scope):
+    partials = partials.to(weight.dtype)   # half types under autocast: they are added in the weight's own precision
+    if order == "arrival":                 # a tape holds the number of samples, to know another batch size by
+        return arrival(partials, [0], False, splits, step, op, samples)
+    return sum(partials, 0, order=order, splits=splits, seed=seed, step=step, op=op, scope=scope)
 
 
 # Both backward passes are made of differentiable operations, so double backward works as it does for PyTorch's layers.
@@ -111,7 +113,7 @@ class _Conv2d(torch.autograd.Function):
                                            [True, False, False])[0]
         if ctx.needs_input_grad[1]:
             partials = _conv2d_weight_partials(grad, x, used, stride, padding, dilation, groups, ctx.order[1])
-            grad_weight = _add_partials(partials, weight, *ctx.order)
+            grad_weight = _add_partials(partials, len(x), weight, *ctx.order)
         if ctx.needs_input_grad[2]:
             grad_bias = sum(grad, (0, 2, 3)).to(bias.dtype)
         return grad_x, grad_weight, grad_bias, *[None] * 10
@@ -131,7 +133,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight.to(x.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = _add_partials(_linear_weight_partials(grad, x, ctx.order[1]), weight, *ctx.order)
+            grad_weight = _add_partials(_linear_weight_partials(grad, x, ctx.order[1]), len(x), weight, *ctx.order)
         if ctx.needs_input_grad[2]:
             grad_bias = sum(grad, tuple(range(grad.ndim - 1))).to(bias.dtype)
         return grad_x, grad_weight, grad_bias, *[None] * 6
@@ -195,7 +197,7 @@ def embedding(input, weight, padding_idx=None, *, order="fixed", splits=8, seed=
     row padding_idx is 0. The order arguments are those of `ordered_reduce.sum`; order="native" is PyTorch's own. Errors
     are PyTorch's; a wrong order argument raises ValueError.
     """
-    check_order(order, splits, seed, op, scope, LAYER_ORDERS)
+    check_order(order, splits, seed, op, scope, (*ORDERS, "native"))
     if order == "native":
         return F.embedding(input, weight, padding_idx)
     check_tensor("embedding", "weight", weight)
@@ -299,8 +301,8 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     Args:
       model: any nn.Module. Subclasses of these layers are left alone, for they may compute something else; so are
         embeddings with max_norm, scale_grad_by_freq or sparse.
-      order: "fixed", "shuffled", "atomic", "exact" (but for embeddings, of partial gradients that are rounded) or
-        "native" (PyTorch's own gradient).
+      order: "fixed", "shuffled", "atomic", "exact" (but for embeddings, of partial gradients that are rounded),
+        "arrival" (not for embeddings) or "native" (PyTorch's own gradient).
       splits, seed, scope: as in `ordered_reduce.sum`; a batch smaller than splits makes fewer groups.
       layers: glob pattern, or list of them, of layer names ("*", "stages.0.*", ["stem", "head"]). Others stay as they
         are. A layer's op, the number its draws are keyed by, is its place among all layers of the model, whatever is
@@ -315,11 +317,15 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     policy = Policy(order, splits, seed, scope, steps, noise, ulps, flips, bit)
     patterns = [layers] if isinstance(layers, str) else list(layers)
     candidates = [(name, module) for name, module in model.named_modules() if _convertible(module)]
-    for op, (name, module) in enumerate(candidates):
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            module.__class__ = _convertible(module)
-            module.policy, module.op = policy, op
-            policy.layers.append(name)
+    chosen = [(op, name, module) for op, (name, module) in enumerate(candidates)
+              if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    embeddings = [name for _, name, module in chosen if isinstance(module, nn.Embedding)]
+    if order == "arrival" and embeddings:
+        raise ValueError(f"order='arrival' is not for embeddings: choose layers without {', '.join(embeddings)}")
+    for op, name, module in chosen:
+        module.__class__ = _convertible(module)
+        module.policy, module.op = policy, op
+        policy.layers.append(name)
     if not policy.layers:
         names = ", ".join(name for name, _ in candidates) or "none"
         raise ValueError(f"layers matches no layer: {layers!r}; the model's layers that can be converted are: {names}")

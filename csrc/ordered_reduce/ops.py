@@ -1,11 +1,15 @@
 """`sum` and `index_add` with the order of additions as an argument. Every order is defined in ../order.h, exact.h."""
 
 import importlib.machinery
+import math
 import pathlib
 
 import torch
 
+from . import tape
+
 ORDERS = ("fixed", "shuffled", "atomic", "exact")
+SUM_ORDERS = (*ORDERS, "arrival")
 SCOPES = ("output", "tensor")
 MOST_SHUFFLED = 1 << 18   # 16 bits of the Philox counter number its 4-word blocks
 
@@ -91,6 +95,10 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
                  ties to even). The same bits for any order of the terms, on any device; splits, seed, step, op and
                  scope do not matter. Nothing overflows on the way; infinities, NaN and signed zeros as IEEE 754 adds
                  them.
+      arrival    in the order in which workers (threads, blocks of a GPU) were done with them: a race as in atomic, but
+                 every 32 consecutive outputs share an order, so that it can be kept: under `record` it is written to a
+                 file, under `replay` read from one; else it does not repeat. One thread arrives in fixed order.
+                 torch.compile leaves it out of its graphs, and raises an error with fullgraph=True.
 
     Args:
       x: floating-point tensor of any shape and strides. float16 and bfloat16 are accumulated in float32 (exact:
@@ -112,11 +120,12 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
     were not built.
     """
     check_tensor("sum", "x", x)
-    check_order(order, splits, seed, op, scope)
-    step = _step(step, order, "x", x)
+    check_order(order, splits, seed, op, scope, SUM_ORDERS)
+    key, dims = _step(step, order, "x", x), None if dim is None else _dims(dim, x.ndim)
+    if order == "arrival":
+        return arrival(x, dims, keepdim, splits, step, op)
     call = _sum if x.requires_grad and torch.is_grad_enabled() else _sum_forward
-    return call(x, None if dim is None else _dims(dim, x.ndim), keepdim, ORDERS.index(order), scope == "output",
-                splits, seed, step, op)
+    return call(x, dims, keepdim, ORDERS.index(order), scope == "output", splits, seed, key, op)
 
 
 # One kernel under two names: PyTorch enters Python for an operator that has a derivative, which takes longer than a
@@ -161,7 +170,7 @@ def index_add(input, dim, index, source, *, order="fixed", splits=8, seed=0, ste
       dim: int, the dimension of the index.
       index: (n,) int64 or int32, each in [0, input.size(dim)).
       source: of input's dtype and shape, but for size n along dim.
-      order, splits, seed, step, op, scope: as in `sum`.
+      order, splits, seed, step, op, scope: as in `sum`; but there is no "arrival".
 
     Returns the result, with the shape, dtype and device of input. Raises what torch.index_add raises for wrong
     arguments (an index out of range: IndexError, on CUDA too, which waits for the device), and what `sum` raises for
@@ -225,3 +234,32 @@ def _(input, *_):
 torch.library.register_autograd(
     "ordered_reduce::index_add", lambda ctx, grad: (grad, None, grad.index_select(0, *ctx.saved_tensors), *[None] * 7),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]))
+
+
+class _Arrival(torch.autograd.Function):
+    """The operator writes to its tickets, and torch.library gives no derivative to one that writes."""
+
+    @staticmethod
+    def forward(ctx, x, *arguments):
+        _setup_context(ctx, (x, *arguments), None)
+        return torch.ops.ordered_reduce.sum_by_tickets.default(x, *arguments)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward(ctx, grad)[0], *[None] * 5
+
+
+def arrival(x, dims, keepdim, splits, step, op, terms=None):
+    """sum(order="arrival") with the dimensions checked. terms: how many the tape is to say that an output has."""
+    if torch.compiler.is_compiling():   # breaks the graph
+        raise RuntimeError("order='arrival' cannot be compiled: its tickets are kept by Python")
+    reduced = range(x.ndim) if dims is None else dims
+    count = math.prod(x.shape[d] for d in reduced)
+    outputs, groups = math.prod(_kept(x, reduced)), min(splits, count)
+    entry = tape.Sum(outputs, count if terms is None else terms, groups, op, int(step) if tape.is_open() else 0)
+    tickets = torch.empty(tape.stretches(outputs), groups, dtype=torch.int32, device=x.device)
+    take = not tape.given(entry, tickets)
+    out = _Arrival.apply(x, dims, keepdim, splits, take, tickets)
+    if take:
+        tape.keep(entry, tickets)
+    return out

@@ -1,0 +1,157 @@
+"""`record` and `replay`: the tickets of order "arrival", written to a file and given back.
+
+A tape is a gzip file: a line of JSON, then for every sum, in the order in which they were made, a `Sum` and the tickets
+of its stretches of 32 outputs: the groups of the first stretch as they arrived, those of the second, and so on. Groups
+are numbered in one byte where there are at most 256, else in four, little-endian.
+"""
+
+import contextlib
+import gzip
+import json
+import struct
+import threading
+import typing
+import zlib
+
+import numpy as np
+import torch
+
+STRETCH = 32   # consecutive outputs that share their tickets: kStretch of ../order.h
+HEADER = {"format": "ordered_reduce tape", "version": 1, "stretch": STRETCH}
+
+_tape = None   # the open one. The process has one, for a backward pass runs in threads of its own
+
+
+class Sum(typing.NamedTuple):
+    """What a tape knows a sum by."""
+    outputs: int
+    terms: int     # of one output; for a weight gradient: samples
+    groups: int
+    op: int
+    step: int
+
+    def __str__(self):
+        return (f"{self.outputs} outputs of {self.terms} terms (in a weight gradient: samples) in {self.groups} "
+                f"groups, op {self.op}, step {self.step}")
+
+
+_SUM = struct.Struct("<QQQIq")
+
+
+def stretches(outputs):
+    return -(-outputs // STRETCH)
+
+
+def _number(groups):
+    return np.dtype("u1" if groups <= 256 else "<i4")
+
+
+class _Tape:
+    def __init__(self, path, file, writes):
+        self.path, self.file, self.writes, self.count, self.lock = path, file, writes, 0, threading.Lock()
+
+    def write(self, entry, tickets):
+        with self.lock:
+            self.file.write(_SUM.pack(*entry) + tickets.cpu().numpy().astype(_number(entry.groups)).tobytes())
+            self.count += 1
+
+    def _bytes(self, count=None):
+        """The next bytes, or the first line."""
+        try:
+            data = self.file.readline() if count is None else self.file.read(count)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise RuntimeError(f"the tape {self.path} is broken after sum {self.count}: {error}") from error
+        return data
+
+    def read_entry(self):
+        """The next Sum, or None at the end."""
+        data = self._bytes(_SUM.size)
+        return Sum(*_SUM.unpack(data)) if data else None
+
+    def read(self, entry, tickets):
+        with self.lock:
+            recorded = self.read_entry()
+            if recorded is None:
+                raise RuntimeError(f"the tape {self.path} ends after {self.count} sums, but this run makes another: "
+                                   f"{entry}")
+            if recorded != entry:
+                raise RuntimeError(f"the tape {self.path} is of another model, batch size, number of splits or course "
+                                   f"of training: its sum {self.count + 1} has {recorded}; this run's has {entry}")
+            number = _number(entry.groups)
+            data = self._bytes(tickets.numel() * number.itemsize)
+            given = torch.from_numpy(np.frombuffer(data, number).astype(np.int32)).view(tickets.shape)
+            if not torch.equal(given.sort(1)[0], torch.arange(entry.groups, dtype=torch.int32).expand_as(given)):
+                raise RuntimeError(f"the tape {self.path} is broken in sum {self.count + 1}: its tickets are not a "
+                                   f"permutation of {entry.groups} groups")
+            tickets.copy_(given)
+            self.count += 1
+
+
+def is_open():
+    return _tape is not None
+
+
+def given(entry, tickets):
+    """Under replay, fills in the recorded tickets and returns True."""
+    if _tape is None or _tape.writes:
+        return False
+    _tape.read(entry, tickets)
+    return True
+
+
+def keep(entry, tickets):
+    """Under record, writes the tickets down."""
+    if _tape is not None:
+        _tape.write(entry, tickets)
+
+
+@contextlib.contextmanager
+def _opened(path, writes):
+    global _tape
+    if _tape is not None:
+        raise RuntimeError(f"the tape {_tape.path} is open already: record and replay cannot be nested")
+    with gzip.open(path, "wb" if writes else "rb", compresslevel=6) as file:
+        tape = _Tape(path, file, writes)
+        if writes:
+            file.write(json.dumps(HEADER).encode() + b"\n")
+        else:
+            try:
+                header = json.loads(tape._bytes())
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"path must be a tape of ordered_reduce.record; {path} is none, or broken") from error
+            if header != HEADER:
+                raise ValueError(f"path must be a tape of {HEADER}; {path} is of {header}")
+        _tape = tape
+        try:
+            yield
+            if not writes and (left := tape.read_entry()) is not None:
+                raise RuntimeError(f"the tape {path} has more sums than the {tape.count} of this run; the next has "
+                                   f"{left}")
+        finally:
+            _tape = None
+
+
+def record(path):
+    """While open (`with record(path): ...`), all sums in order "arrival" write down the order of their groups, and so
+    do the weight gradients of layers in that order, for a whole training run or any part of one.
+
+    The file is compressed. A step of constnet.py's network on the digits (173,840 weights in 16 layers, 8 groups) took
+    662 bytes on two busy CPU cores, 44 kB before compression; orders with no pattern at all would take 18 kB. Every
+    process needs a tape of its own. What was recorded before an exception is a tape, too. On a GPU every sum then waits
+    for the device. Raises OSError where the file cannot be written, RuntimeError where a tape is open already.
+    """
+    return _opened(path, True)
+
+
+def replay(path):
+    """While open, sums in order "arrival" add their groups in the order that `record` wrote down instead of racing.
+
+    From the same start the run repeats bit for bit, with any number of threads and on another kind of device, provided
+    that it makes the same sums, in the same sequence, of the same partial sums: for a weight gradient those are
+    PyTorch's.
+
+    Raises ValueError where the file is no tape, OSError where it cannot be read, RuntimeError at the first sum that
+    differs from the tape's in outputs, terms (samples of the batch), groups, op or step, where the tape ends early, is
+    broken, or holds more sums than were made, and where a tape is open already.
+    """
+    return _opened(path, False)
