@@ -217,8 +217,8 @@ __global__ void race(Partials r, const P* __restrict__ partial, Acc* sums) {
   }
 }
 
-// A block of one warp for every (group, stretch of outputs), groups varying fastest: it fetches its partial sums and then
-// draws the stretch's next ticket.
+// A block of one warp for every (group, stretch of outputs), groups varying fastest: it fetches its partial sums and
+// then draws the stretch's next ticket.
 template <class P, class Acc>
 __global__ void arrive(Partials r, const P* __restrict__ partial, Acc* fetched, int* next, int32_t* tickets) {
   const int64_t stretches = (r.outputs + kStretch - 1) / kStretch;

@@ -11,7 +11,7 @@ namespace ordered {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum class Order { fixed, shuffled, atomic, exact, arrival, replay };   // the first four: the numbers in ORDERS of ops.py
+enum class Order { fixed, shuffled, atomic, exact, arrival, replay };   // the first four: as in ORDERS of ops.py
 
 // x is seen as (outer, terms, inner) with any strides; out[o * inner + i] = sum over t of
 // x[o * outer_stride + t * term_stride + i * inner_stride].
