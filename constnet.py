@@ -721,8 +721,8 @@ def train(args, name, seed, data, out):
         bits.update(tensor.cpu().contiguous().numpy().tobytes())
     tested = [row for row in rows if "test_accuracy" in row][-1]
     summary = {"arm": name, "order": args.order, "splits": args.splits, "scope": args.order_scope,
-               "dropout": args.dropout, "init": args.init, "seed": seed, "dataset": args.dataset, "epochs": args.epochs,
-               "steps": step, "test_accuracy": tested["test_accuracy"], "train_loss": tested.get("epoch_train_loss"),
+               "dropout": args.dropout, "init": args.layer_init if args.arch == "leakynet" else args.init, "seed": seed,
+               "dataset": args.dataset, "epochs": args.epochs, "steps": step, "test_accuracy": tested["test_accuracy"], "train_loss": tested.get("epoch_train_loss"),
                "diverged": diverged, "nonzero": tested["nonzero"], "symmetry": symmetry.summary(),
                "weights_sha256": bits.hexdigest(), "wall_seconds": round(seconds, 2),
                "images_per_second": round(step * batch / seconds, 1)}
@@ -860,7 +860,7 @@ def draw_figure(rows, summary, path):
     parts = {arm["init"] or "none" for arm in summary}
     title = ", ".join(dict.fromkeys(arm["dataset"] for arm in summary))
     if len(parts) == 1:
-        title += f", constant parts: {min(parts)}, dropout {summary[0]['dropout']:g}"
+        title += f", start: {min(parts)}, dropout {summary[0]['dropout']:g}"
     accuracy.set(xlabel="step", ylabel="test accuracy [%]", ylim=(0, 100), title=title)
     spread.set(xlabel="step", title="spread of a layer's filters, |W - mean| / |W|, largest")
     filters.set(title="distinct filters at the end", xticks=range(len(layers)))
