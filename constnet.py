@@ -722,9 +722,9 @@ def train(args, name, seed, data, out):
     tested = [row for row in rows if "test_accuracy" in row][-1]
     summary = {"arm": name, "order": args.order, "splits": args.splits, "scope": args.order_scope,
                "dropout": args.dropout, "init": args.layer_init if args.arch == "leakynet" else args.init, "seed": seed,
-               "dataset": args.dataset, "epochs": args.epochs, "steps": step, "test_accuracy": tested["test_accuracy"], "train_loss": tested.get("epoch_train_loss"),
-               "diverged": diverged, "nonzero": tested["nonzero"], "symmetry": symmetry.summary(),
-               "weights_sha256": bits.hexdigest(), "wall_seconds": round(seconds, 2),
+               "dataset": args.dataset, "epochs": args.epochs, "steps": step, "test_accuracy": tested["test_accuracy"],
+               "train_loss": tested.get("epoch_train_loss"), "diverged": diverged, "nonzero": tested["nonzero"],
+               "symmetry": symmetry.summary(), "weights_sha256": bits.hexdigest(), "wall_seconds": round(seconds, 2),
                "images_per_second": round(step * batch / seconds, 1)}
     return {"summary": summary, "rows": rows}
 
