@@ -227,13 +227,18 @@ def test_finished_weights_are_kept(tmp_path, run):
 
 def test_interrupt_keeps_the_checkpoint(tmp_path, run):
     process = subprocess.Popen([sys.executable, str(ROOT / "constnet.py"), "--epochs", "400", "--out", str(tmp_path / "a")],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(600):
-        if (tmp_path / "a" / "shuffled-0-checkpoint.pt").exists():
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               # heeded also where pytest runs in the background of a script, which ignores it
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    try:
+        for _ in range(600):
+            if (tmp_path / "a" / "shuffled-0-checkpoint.pt").exists():
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
     assert (tmp_path / "a" / "shuffled-0-checkpoint.pt").exists()
 
