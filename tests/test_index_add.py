@@ -167,7 +167,7 @@ def test_embedding_computes_the_same(device, order):
     if order != "native":
         def f(w):
             return ordered_reduce.embedding(words[:1], w, 3, order=order).square()
-        assert torch.autograd.gradgradcheck(f, (w,), fast_mode=True)
+        assert torch.autograd.gradgradcheck(f, (w,), fast_mode=True, nondet_tol=1e-9)   # atomic does not repeat
 
 
 def test_convert_takes_embeddings(device):
