@@ -55,17 +55,19 @@ class _Tape:
             self.file.write(_SUM.pack(*entry) + tickets.cpu().numpy().astype(_number(entry.groups)).tobytes())
             self.count += 1
 
-    def _bytes(self, count=None):
+    def _bytes(self, count=None, or_none=False):
         """The next bytes, or the first line."""
         try:
             data = self.file.readline() if count is None else self.file.read(count)
+            if count and len(data) < count and not (or_none and not data):
+                raise EOFError("it ends within the next one")
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise RuntimeError(f"the tape {self.path} is broken after sum {self.count}: {error}") from error
         return data
 
     def read_entry(self):
         """The next Sum, or None at the end."""
-        data = self._bytes(_SUM.size)
+        data = self._bytes(_SUM.size, or_none=True)
         return Sum(*_SUM.unpack(data)) if data else None
 
     def read(self, entry, tickets):
