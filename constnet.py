@@ -962,22 +962,24 @@ def report(directory):
     """Figures and tables of a run from its files, so that they can be had again at any time."""
     directory = pathlib.Path(directory)
     try:
-        arguments = argparse.Namespace(**json.loads((directory / "config.json").read_text())["arguments"])
-        if arguments.signal:
+        arguments = json.loads((directory / "config.json").read_text())["arguments"]
+        if arguments.get("signal"):
             return draw_signal(read_rows(directory / "signal.csv"), directory / "signal.png")
-        summary = json.loads((directory / "summary.json").read_text())
+        # The first keys are missing in runs of older versions.
+        summary = [{"arm": arm["order"], "diverged": False, "nonzero": math.nan, **arm}
+                   for arm in json.loads((directory / "summary.json").read_text())]
         rows = read_rows(directory / "metrics.csv")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         common.fail(f"argument --plot-only: {directory} holds no finished run ({error})")
     draw_figure(rows, summary, directory / "constnet.png")
     print_table(summary)
-    if arguments.table1:
+    if arguments.get("table1"):
         write_table_1(summary, directory)
-    if arguments.figure2:
-        draw_figure_2(rows, arguments.figure2, directory / "figure2.png")
-    if arguments.prune:
+    if arguments.get("figure2"):
+        draw_figure_2(rows, arguments["figure2"], directory / "figure2.png")
+    if arguments.get("prune"):
         draw_pruned(summary, directory / "prune.png")
-    if arguments.prox != [0.0]:
+    if arguments.get("prox", [0.0]) != [0.0]:
         draw_sparse(rows, directory / "prox.png")
     return None
 
