@@ -607,7 +607,7 @@ def train(args, name, seed, data, out):
 
     steps_per_epoch = len(labels) // batch
     step, seconds, rows, losses, logged = args.rewind if args.mask else 0, 0.0, [], [], 0
-    checkpoint, state = out / f"{run}-checkpoint.pt", None
+    checkpoint = out / f"{run}-checkpoint.pt"
     if checkpoint.exists():
         state = common.load_checkpoint(checkpoint, "--resume")
         model.load_state_dict(state["model"])

@@ -10,7 +10,7 @@ equations of the paper are missing from every copy we found; these are a reconst
                  or, with --function log, s_1 = 1 and s_l = log_k(l) for l >= 2
     decreasing   the same values in reverse order        constant   s_l = V^(1/L)        unit   s_l = 1
 
-    python depth_init.py                                   # digits, about a minute on two cores
+    python depth_init.py                                   # digits, a minute or two
     python depth_init.py --dataset cifar10 --epochs 100    # the paper's data; wants a GPU
 
 The initialiser serves any model: depth_scaled_init_(model, "he normal", "increasing", variance=22). All seeds of an arm

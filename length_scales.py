@@ -6,9 +6,9 @@ falls exponentially with depth, unless weights have variance 2 / fan-in; (FM2) i
 the sum of the reciprocals of the widths, whatever the weights. In residual networks f_l = f_(l-1) + eta_l g_l(f_(l-1))
 the length grows with the sum of the scales eta. A network whose lengths are far off starts to train late or never.
 
-    python length_scales.py                          # all four parts on the digits, some minutes on two cores
+    python length_scales.py                          # all four parts on the digits, about two minutes
     python length_scales.py --dataset mnist          # the paper's data
-    python length_scales.py --parts lengths          # Figure 1a alone, no training: under a minute
+    python length_scales.py --parts lengths          # Figure 1a alone, no training: about a minute
 
 Draws and seeds are batched. Every run writes config.json, metrics.csv (a row per part, setting, depth and quantity),
 summary.json, figure1.png, figure2.png and fm2.png.

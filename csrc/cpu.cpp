@@ -686,17 +686,6 @@ struct IndexAdd {
   }
 };
 
-template <class F>
-void for_type(ScalarType type, const F& f) {
-  switch (type) {
-    case ScalarType::Float: return f(float());
-    case ScalarType::Double: return f(double());
-    case ScalarType::Half: return f(torch::headeronly::Half());
-    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16());
-    default: STD_TORCH_CHECK(false, "ordered_reduce is not implemented for this dtype");
-  }
-}
-
 }  // namespace
 
 void sum_cpu(const Reduction& r, const Tensor& x, Tensor& out) {

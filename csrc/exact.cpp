@@ -247,14 +247,7 @@ struct ExactSum {
 }  // namespace
 
 void exact_cpu(const Reduction& r, ScalarType type, const void* x, void* out) {
-  const auto run = [&]<class T>(T) { ExactSum<T>{r, static_cast<const T*>(x), static_cast<T*>(out)}.run(); };
-  switch (type) {
-    case ScalarType::Float: return run(float());
-    case ScalarType::Double: return run(double());
-    case ScalarType::Half: return run(torch::headeronly::Half());
-    case ScalarType::BFloat16: return run(torch::headeronly::BFloat16());
-    default: STD_TORCH_CHECK(false, "sum is not implemented for this dtype");
-  }
+  for_type(type, [&]<class T>(T) { ExactSum<T>{r, static_cast<const T*>(x), static_cast<T*>(out)}.run(); });
 }
 
 }  // namespace ordered
