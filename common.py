@@ -112,7 +112,8 @@ def load_data(dataset, data_dir, image_size=None):
 
     digits (every fifth image is test) comes with this repository; the torchvision sets are read from data_dir and
     downloaded into it where they are absent; imagefolder is any data_dir/{train,test}/<class>/ tree of images, decoded
-    once and cached beside it, resized to image_size (default: the first image's). Bad data: one line and exit 2.
+    once, mixed (it comes by class) and cached beside it, resized to image_size (default: the first image's). Bad data:
+    one line and exit 2.
     """
     if dataset == "digits":
         digits = np.load(pathlib.Path(__file__).parent / "data" / "digits.npz")
@@ -149,7 +150,7 @@ def _image_folder(root, image_size):
         fail(f"argument --data-dir: {root}/train and {root}/test must hold the same classes")
     first, files = splits[0].loader(splits[0].samples[0][0]), [path for split in splits for path, _ in split.samples]
     size = (image_size, image_size) if image_size else first.size[::-1]
-    stamp = "".join(f"{path}{os.stat(path).st_size}{os.stat(path).st_mtime_ns}" for path in files)
+    stamp = "mixed" + "".join(f"{path}{os.stat(path).st_size}{os.stat(path).st_mtime_ns}" for path in files)
     cache = root / f"imagefolder-{size[0]}x{size[1]}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.pt"
     if cache.exists():
         return *load_checkpoint(cache, "--data-dir")["data"], len(splits[0].classes)
@@ -161,7 +162,8 @@ def _image_folder(root, image_size):
                 images[i] = pil_to_tensor(split.loader(path).resize(size[::-1]))
             except OSError as error:
                 fail(f"argument --data-dir: {path} is no readable image ({_line(error)})")
-        data += [images, torch.tensor(split.targets)]
+        mixed = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+        data += [images[mixed], torch.tensor(split.targets)[mixed]]
     if all((images == images[:, :1]).all() for images in data[::2]):   # grey images have one channel
         data[::2] = [images[:, :1].contiguous() for images in data[::2]]
     try:

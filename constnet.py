@@ -44,8 +44,10 @@ SAVE_SECONDS = 30     # within an epoch a checkpoint is written when the last on
 
 # The paper's recipe on the CIFAR sets (mixup, weight decay and batch size are those of the code base that it builds
 # on); elsewhere one that a CPU finishes in minutes.
-SMALL = dict(epochs=1, batch_size=64, lr=0.2, weight_decay=5e-4, widen=1, schedule="cosine", mixup=0.0, augment=False)
-PAPER = dict(epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, widen=10, schedule="step", mixup=1.0, augment=True)
+SMALL = dict(epochs=1, batch_size=64, lr=0.2, weight_decay=5e-4, widen=1, schedule="cosine", warmup=0.0, mixup=0.0,
+             augment=False)
+PAPER = dict(epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, widen=10, schedule="step", warmup=0.0, mixup=1.0,
+             augment=True)
 DEFAULTS = {"digits": {**SMALL, "epochs": 24}, "mnist": SMALL, "fashion-mnist": {**SMALL, "lr": 0.05},
             "cifar10": PAPER, "cifar100": PAPER, "imagefolder": {**SMALL, "lr": 0.02, "augment": True}}
 
@@ -98,6 +100,8 @@ def parse_arguments(argv, more=()):
     how.add_argument("--schedule", choices=("step", "cosine", "constant"),
                      help="of the learning rate: step multiplies it by 0.2 after 30 %%, 60 %% and 80 %% of the epochs "
                           f"(the authors' 140, 80 and 40 of 200 to go), cosine ends at 0; {defaults('schedule')}")
+    how.add_argument("--warmup", type=float, metavar="EPOCHS",
+                     help=f"in which the rate grows from 0 in equal steps; {defaults('warmup')}; paper: none")
     how.add_argument("--momentum", type=float, default=0.9, metavar="M", help="default: 0.9")
     how.add_argument("--nesterov", action="store_true", help="Nesterov's momentum")
     how.add_argument("--weight-decay", type=float, metavar="D", help=defaults("weight_decay"))
@@ -195,7 +199,7 @@ def check_arguments(args):
     need(args.cutout >= 0, "--cutout", args.cutout, "at least 0")
     for dataset in args.figure2 or ():
         need(dataset in common.DATASETS, "--figure2", dataset, f"two of {', '.join(common.DATASETS)}")
-    for name in ("lr", "weight_decay", "mixup", "prox"):
+    for name in ("lr", "warmup", "weight_decay", "mixup", "prox"):
         value = getattr(args, name)
         need(all(math.isfinite(v) and v >= 0 for v in (value if name == "prox" else [value])), f"--{name}", value,
              "finite and at least 0")
@@ -490,12 +494,13 @@ def cutout(x, size):
     return x.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0.0)
 
 
-def learning_rate(args, epoch):
-    """At an epoch, which may be a fraction."""
-    done = epoch / args.epochs
+def learning_rate(args, step, steps_per_epoch):
+    done = step / steps_per_epoch / args.epochs
+    warmup = args.warmup * steps_per_epoch
+    rate = args.lr * min(1.0, (step + 1) / warmup) if warmup else args.lr
     if args.schedule == "step":
-        return args.lr * 0.2 ** sum(done >= milestone for milestone in (0.3, 0.6, 0.8))
-    return args.lr * (0.5 * (1 + math.cos(math.pi * done)) if args.schedule == "cosine" else 1)
+        return rate * 0.2 ** sum(done >= milestone for milestone in (0.3, 0.6, 0.8))
+    return rate * (0.5 * (1 + math.cos(math.pi * done)) if args.schedule == "cosine" else 1)
 
 
 @torch.no_grad()
@@ -672,7 +677,7 @@ def train(args, name, seed, data, out):
             data_order = torch.randperm(len(labels), generator=generator).to(device)
         chosen = data_order[within * batch:(within + 1) * batch]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step / steps_per_epoch)
+            group["lr"] = learning_rate(args, step, steps_per_epoch)
         optimizer.zero_grad()
         if args.shards:
             loss = add_shards(model, add_gradient, chosen.split(batch // args.shards), rank, processes)

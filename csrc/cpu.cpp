@@ -575,11 +575,16 @@ struct IndexAdd {
   void add_row(int64_t v) const {
     const int64_t first = s.start[v], n = s.start[v + 1] - first;
     T* to = out + v * r.inner;
-    if (n == 0) {
-      std::copy_n(input + v * r.inner, r.inner, to);
+    const Groups groups(n, std::min(n, r.groups));
+    if (r.inner == 1 && r.order == Order::fixed && groups.longest() <= 2) {   // groups of two, then of one
+      const T* x = source + first;
+      Acc sum = kNothing<Acc>;
+      for (int64_t g = 0; g < std::min(n, r.groups); ++g)
+        if (groups[g].size == 2) sum += tree(Acc(x[0]), Acc(x[1])), x += 2;
+        else sum += Acc(*x++);
+      *to = T(Acc(input[v]) + Acc(T(sum)));
       return;
     }
-    const Groups groups(n, std::min(n, r.groups));
     if (n == 1 || (r.order == Order::fixed && groups.longest() <= kRows)) {   // small: what Sum does, at less expense
       prefetch(first, n);
       const Leaves leaves(next_power_of_two(groups.longest()));
@@ -680,8 +685,14 @@ struct IndexAdd {
         if (work(v) < first) low = v + 1;
         else high = v;
       }
-      for (; low < r.outer && work(low) < last; ++low)
-        if (!hot(low)) add_row(low);
+      while (low < r.outer && work(low) < last) {
+        int64_t next = low;
+        while (next < r.outer && work(next) < last && s.start[next] == s.start[next + 1]) ++next;
+        std::copy(input + low * r.inner, input + next * r.inner, out + low * r.inner);   // rows without terms
+        low = next;
+        if (low < r.outer && work(low) < last && !hot(low)) add_row(low);
+        ++low;
+      }
     });
   }
 };

@@ -1,10 +1,15 @@
-// The order "exact" on the CPU: exact.h, eight lanes at a time.
+// The order "exact" on the CPU. Nearly every sum is settled by doubles with a bound on their error: where both ends of
+// the interval that must hold the sum round to the same number, that number is the result. The others are added up
+// without any error (exact.h), eight lanes at a time.
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <bit>
 #include <memory>
+#include <mutex>
+#include <vector>
 
 #include "exact.h"
 #include "ops.h"
@@ -17,81 +22,188 @@ namespace {
 constexpr int kWidth = 8;                 // lanes: of one output's terms, or of neighbouring outputs
 constexpr int kVectors = 2;               // of four doubles
 constexpr int64_t kBytes = 2048;          // of neighbouring outputs that are read side by side
-constexpr int64_t kRowsAcross = 128;      // of which so many rows fit into the cache
-constexpr int64_t kStreams = 8;           // rows that are read together
+constexpr int kRowsOfBlock = 128;         // whose sum a double holds with little error
+constexpr int kStreams = 8;               // rows that are read together
+constexpr int kSide = 32;                 // sums that are rounded side by side
 constexpr int64_t kGrain = 1 << 15;       // terms below which a second thread does not pay
 
-typedef double Doubles __attribute__((vector_size(32), aligned(8), may_alias));
-typedef float Floats __attribute__((vector_size(16), aligned(4), may_alias));
+typedef double Doubles __attribute__((vector_size(32)));
 typedef int64_t Bits __attribute__((vector_size(32)));
-typedef int32_t Words __attribute__((vector_size(32), aligned(4), may_alias));
-typedef uint32_t Unsigned __attribute__((vector_size(32)));
+typedef int32_t Words __attribute__((vector_size(32)));
 
-INLINE Doubles load(const double* x) { return *reinterpret_cast<const Doubles*>(x); }
+// As they lie in memory.
+typedef double FourDoubles __attribute__((vector_size(32), aligned(8), may_alias));
+typedef float FourFloats __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t EightWords __attribute__((vector_size(32), aligned(4), may_alias));
+
+INLINE Doubles load(const double* x) { return *reinterpret_cast<const FourDoubles*>(x); }
 INLINE Doubles load(const float* x) {
-  return __builtin_convertvector(*reinterpret_cast<const Floats*>(x), Doubles);
+  const FourFloats four = *reinterpret_cast<const FourFloats*>(x);
+  return Doubles{four[0], four[1], four[2], four[3]};   // GCC 12 makes one instruction of this
 }
 
-// What eight lanes of at most kSplit rows add up to.
-struct Lanes {
-  int exponent[kWidth];   // of the largest term, see sigma_for
-  double sum[kWidth], rest[kWidth];   // exact, if the exponent is below kHuge, but for
-  bool left[kWidth];                  // what the split left over
+// The upper bits of |x|, which grow with it: all of a float's, half of a double's (in every second word).
+template <class A>
+INLINE Words size_of(const A* x) {
+  return *reinterpret_cast<const EightWords*>(x) & 0x7FFFFFFF;
+}
 
-  // A sum of zero may be of negative zeros.
-  bool whole(int64_t l) const { return exponent[l] < kHuge && !left[l] && (sum[l] != 0 || rest[l] != 0); }
+INLINE Words larger(Words a, Words b) { return a > b ? a : b; }
+
+// ------------------------------------------------------------------------------------ sums with a bound on their error
+
+// Knuth's two-sum: afterwards sum plus what is returned is exactly what sum plus x was.
+template <class V>
+INLINE V add_to(V& sum, V x) {
+  const V before = sum;
+  sum += x;
+  const V other = sum - before;
+  return (before - (sum - other)) + (x - other);
+}
+
+// The sum of terms is nearly hi + lo. most: the upper 32 bits of the largest |term|.
+struct Running {
+  double hi = -0.0, lo = 0;
+  int32_t most = 0;
+
+  INLINE void add(const Running& other) {
+    lo += add_to(hi, other.hi) + other.lo;
+    most = std::max(most, other.most);
+  }
 };
 
-// Floats are summed as doubles. That is exact where the least term's last bit is not too far below the largest term;
-// returns whether it was.
-INLINE bool scan(const float* x, int rows, bool one, Lanes& lanes) {
-  Doubles sum[kVectors] = {}, odd[kVectors] = {};   // two of a kind, as an addition waits for the one before
-  Words most = {};
-  Unsigned least = ~Unsigned{};
-  const auto add = [&](const float* x, Doubles* sum) __attribute__((always_inline)) {
-    for (int v = 0; v < kVectors; ++v) sum[v] += load(x + 4 * v);
-    const Words size = *reinterpret_cast<const Words*>(x) & 0x7FFFFFFF;
-    const Unsigned below = Unsigned(size) - 1;   // a zero has no bits: it becomes the largest number
-    most = size > most ? size : most;
-    least = below < least ? below : least;
-  };
-  int row = 0;
-  for (; row + 1 < rows; row += 2) add(x + row * kWidth, sum), add(x + (row + 1) * kWidth, odd);
-  if (row < rows) add(x + row * kWidth, sum);
-  for (int v = 0; v < kVectors; ++v) sum[v] += odd[v];
-  if (one)
-    for (int l = 1; l < kWidth; ++l) {
-      most[0] = std::max(most[0], most[l]), least[0] = std::min(least[0], least[l]);
-      sum[0][0] += sum[l / 4][l % 4];
-    }
-  bool exact = true;
-  for (int l = 0; l < (one ? 1 : kWidth); ++l) {
-    const int high = std::max(most[l] >> 23, 1), low = std::max(int((least[l] + 1) >> 23), 1);
-    lanes.exponent[l] = high == 0xFF ? kHuge : high - 127 + 1023;
-    lanes.sum[l] = sum[l / 4][l % 4], lanes.rest[l] = 0, lanes.left[l] = false;
-    exact &= high == 0xFF || least[l] == ~0u || high - low <= 53 - 24 - kSplitBits;
+// Sums of neighbouring lanes over the rows of a block and over all blocks.
+template <class A>
+struct Lanes {
+  static constexpr bool kFloat = std::is_same_v<A, float>;
+  static constexpr int kEach = 32 / sizeof(A), kMost = kBytes / sizeof(A);   // lanes of a vector; of a row
+  static constexpr int kFours = kEach / 4;
+
+  Doubles sum[kMost / 4], errors[kFloat ? 1 : kMost / 4];   // of the block; floats' sums have hardly any error
+  Doubles hi[kMost / 4], lo[kMost / 4];
+  Words most[kMost / kEach];
+
+  INLINE void clear(int vectors) {
+    for (int i = 0; i < vectors * kFours; ++i) sum[i] = hi[i] = -Doubles{}, lo[i] = Doubles{};
+    for (int v = 0; v < vectors; ++v) most[v] = Words{};
+    for (int v = 0; v < vectors && !kFloat; ++v) errors[v] = Doubles{};
   }
-  return exact;
+
+  template <int ROWS>
+  INLINE void add(const A* const* row, int vectors) {
+    for (int v = 0; v < vectors; ++v) {
+      Doubles s[2] = {sum[v * kFours], kFloat ? sum[v * kFours + 1] : errors[v]};
+      Words m = most[v];
+      for (int k = 0; k < ROWS; ++k) {
+        const A* x = row[k] + v * kEach;
+        if constexpr (kFloat) s[0] += load(x), s[1] += load(x + 4);
+        else s[1] += add_to(s[0], load(x));
+        m = larger(m, size_of(x));
+      }
+      sum[v * kFours] = s[0], (kFloat ? sum[v * kFours + 1] : errors[v]) = s[1], most[v] = m;
+    }
+  }
+
+  INLINE void end_block(int vectors) {
+    for (int i = 0; i < vectors * kFours; ++i) {
+      lo[i] += add_to(hi[i], sum[i]);
+      sum[i] = -Doubles{};
+      if (!kFloat) lo[i] += errors[i], errors[i] = Doubles{};
+    }
+  }
+
+  // All lanes' sums to lane 0.
+  INLINE void merge(int vectors) {
+    for (int i = 1; i < vectors * kFours; ++i) lo[0] += add_to(hi[0], hi[i]) + lo[i];
+    for (int v = 1; v < vectors; ++v) most[0] = larger(most[0], most[v]);
+    Running all;
+    for (int l = 0; l < 4; ++l) all.add({hi[0][l], lo[0][l], 0});
+    for (int l = 0; l < kEach; ++l) all.most = std::max(all.most, (*this)[l].most);
+    hi[0][0] = all.hi, lo[0][0] = all.lo, most[0][kFloat ? 0 : 1] = all.most;
+  }
+
+  INLINE Running operator[](int l) const {
+    return {reinterpret_cast<const double*>(hi)[l], reinterpret_cast<const double*>(lo)[l],
+            reinterpret_cast<const int32_t*>(most)[kFloat ? l : 2 * l + 1]};
+  }
+};
+
+// Rounds sums of n terms, and says whether the exact sums round to the same for certain.
+//
+// A double rounds by at most u = 2^-53 of the result. Of a block's rows and the lanes no term takes part in more than
+// `depth` additions, which are off by u depth n most in all; for doubles those errors are added up, with errors of
+// their own of u^2 depth^2 n most. Adding the blocks' and pieces' sums, at most `blocks` of them, is off by
+// u^2 blocks^2 n most (Ogita, Rump, Oishi, "Accurate Sum and Dot Product", SIAM J. Sci. Comput. 26 (2005), Section 4).
+// The bound is twice all that, which covers the roundings down here.
+template <class T>
+struct Rounding {
+  using A = typename AccType<T>::type;
+  double share;   // of the largest term, that the sum may be off by
+
+  INLINE explicit Rounding(int64_t n) {
+    const double depth = kRowsOfBlock + 32, blocks = double(n) / kRowsOfBlock + 128;
+    share = double(n) * (depth * (std::is_same_v<A, float> ? 0x1p-52 : depth * 0x1p-105) + blocks * blocks * 0x1p-105);
+  }
+
+  // sums[begin ... end - 1] to out[begin], ...
+  template <class Sums>
+  INLINE bool operator()(const Sums& sums, int begin, int end, T* out) const {
+    int settled = 1;
+    for (int i = begin; i < end; ++i) {
+      const Running running = sums[i];
+      double most, sum = running.hi;
+      if constexpr (std::is_same_v<A, float>) most = double(std::bit_cast<float>(running.most));
+      else most = std::bit_cast<double>((int64_t{running.most} + 1) << 32);
+      const double rest = add_to(sum, running.lo), bound = most * share;
+      const T low = narrow<T>(sum + (rest - bound)), high = narrow<T>(sum + (rest + bound));
+      out[i] = low;
+      settled &= int(A(low) == A(high)) & int(A(low) != 0);   // never with NaN or an infinite sum of doubles
+    }
+    return settled;
+  }
+
+  // Zeros add up to a negative one if all of them are, as hi was at the start.
+  INLINE bool zero(const Running& sum, T& out) const {
+    if (sum.most != 0 || sum.hi != 0 || sum.lo != 0) return false;
+    out = T(float(sum.hi));
+    return true;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------- sums without any error
+
+// What the lanes of at most kSplit rows add up to: sum + rest exactly, if the exponent is below kHuge, but for what the
+// split left over.
+struct Pieces {
+  int exponent[kWidth];   // of the largest term, see sigma_for
+  double sum[kWidth], rest[kWidth];
+  bool left[kWidth];
+};
+
+INLINE void largest(const float* x, int rows, Pieces& pieces) {
+  Words most = {};
+  for (int row = 0; row < rows; ++row, x += kWidth) most = larger(most, size_of(x));
+  for (int l = 0; l < kWidth; ++l) {
+    const int exponent = std::max(most[l] >> 23, 1);
+    pieces.exponent[l] = exponent == 0xFF ? kHuge : exponent - 127 + 1023;
+  }
 }
 
-// Doubles are looked at twice: this is for the largest exponent.
-INLINE bool scan(const double* x, int rows, bool one, Lanes& lanes) {
+INLINE void largest(const double* x, int rows, Pieces& pieces) {
   Words most[kVectors] = {};   // in the upper word of a double; what the lower ones hold is not used
   for (int row = 0; row < rows; ++row, x += kWidth)
-    for (int v = 0; v < kVectors; ++v) {
-      const Words size = *reinterpret_cast<const Words*>(x + 4 * v) & 0x7FFFFFFF;
-      most[v] = size > most[v] ? size : most[v];
-    }
-  for (int l = 0; l < kWidth; ++l) lanes.exponent[l] = std::max(most[l / 4][2 * (l % 4) + 1] >> 20, 1);
-  if (one) lanes.exponent[0] = *std::max_element(lanes.exponent, lanes.exponent + kWidth);
-  return false;
+    for (int v = 0; v < kVectors; ++v) most[v] = larger(most[v], size_of(x + 4 * v));
+  for (int l = 0; l < kWidth; ++l) pieces.exponent[l] = std::max(most[l / 4][2 * (l % 4) + 1] >> 20, 1);
 }
 
+// `one`: the lanes are terms of one output, and what they add up to stands in lane 0.
 template <class A>
-INLINE void split_rows(const A* x, int rows, bool one, Lanes& lanes) {
+INLINE void split_rows(const A* x, int rows, bool one, Pieces& pieces) {
+  largest(x, rows, pieces);
+  if (one) pieces.exponent[0] = *std::max_element(pieces.exponent, pieces.exponent + kWidth);
   Doubles first[kVectors] = {}, second[kVectors], sum[kVectors] = {}, rest[kVectors] = {};
   Bits left[kVectors] = {};
-  for (int l = 0; l < kWidth; ++l) first[l / 4][l % 4] = sigma_for(lanes.exponent[one ? 0 : l]);
+  for (int l = 0; l < kWidth; ++l) first[l / 4][l % 4] = sigma_for(pieces.exponent[one ? 0 : l]);
   for (int v = 0; v < kVectors; ++v) second[v] = first[v] * kSecond;
   for (int row = 0; row < rows; ++row, x += kWidth)
     for (int v = 0; v < kVectors; ++v) {
@@ -102,32 +214,26 @@ INLINE void split_rows(const A* x, int rows, bool one, Lanes& lanes) {
       left[v] |= Bits(x2) + Bits(x2);   // anything but zero, of either sign
     }
   for (int l = 0; l < kWidth; ++l) {
-    lanes.sum[l] = sum[l / 4][l % 4], lanes.rest[l] = rest[l / 4][l % 4];
-    lanes.left[l] = left[l / 4][l % 4] != 0;
+    pieces.sum[l] = sum[l / 4][l % 4], pieces.rest[l] = rest[l / 4][l % 4];
+    pieces.left[l] = left[l / 4][l % 4] != 0;
   }
   if (one)
     for (int l = 1; l < kWidth; ++l)
-      lanes.sum[0] += lanes.sum[l], lanes.rest[0] += lanes.rest[l], lanes.left[0] |= lanes.left[l];
-}
-
-// `one`: the lanes are terms of one output, and what they add up to stands in lane 0.
-template <class A>
-INLINE void add_rows(const A* x, int rows, bool one, Lanes& lanes) {
-  if (!scan(x, rows, one, lanes)) split_rows(x, rows, one, lanes);
+      pieces.sum[0] += pieces.sum[l], pieces.rest[0] += pieces.rest[l], pieces.left[0] |= pieces.left[l];
 }
 
 // Lane l, n terms of which every `every`-th is its own, to an exact sum.
 template <class A>
-void add_lane(const Lanes& lanes, int64_t l, const A* x, int64_t n, int64_t every, Exact& exact) {
-  if (lanes.exponent[l] >= kHuge) {
+void add_lane(const Pieces& pieces, int64_t l, const A* x, int64_t n, int64_t every, Exact& exact) {
+  if (pieces.exponent[l] >= kHuge) {
     for (int64_t i = 0; i < n; ++i) exact.add(x[i * every]);
     return;
   }
-  if (lanes.sum[l] != 0) exact.add(lanes.sum[l]);
-  if (lanes.rest[l] != 0) exact.add(lanes.rest[l]);
-  for (int64_t i = 0; i < n && lanes.left[l]; ++i) {
+  if (pieces.sum[l] != 0) exact.add(pieces.sum[l]);
+  if (pieces.rest[l] != 0) exact.add(pieces.rest[l]);
+  for (int64_t i = 0; i < n && pieces.left[l]; ++i) {
     double left = x[i * every];
-    split(left, sigma_for(lanes.exponent[l])), split(left, sigma_for(lanes.exponent[l]) * kSecond);
+    split(left, sigma_for(pieces.exponent[l])), split(left, sigma_for(pieces.exponent[l]) * kSecond);
     if (left != 0) exact.add(left);
   }
   for (int64_t i = 0; i < n && !(exact.seen & Exact::kNotMinusZero); ++i) exact.note(x[i * every]);
@@ -139,107 +245,190 @@ struct ExactSum {
   const Reduction& r;
   const T* x;
   T* out;
-  const bool across = r.inner_stride == 1 && r.inner > 1;   // lanes are neighbouring outputs
-  const int64_t width = across ? std::min<int64_t>(r.inner, kBytes / sizeof(A)) : 1;        // outputs of a tile
-  const int64_t block = across ? std::min<int64_t>(r.terms, kRowsAcross) : kSplit;          // terms of a tile's outputs
-  const int64_t strip = across ? (block + 1) * kWidth : kSplit;   // laid out; + 1 against lines of one cache set
-  const int64_t strips = (width + kWidth - 1) / kWidth;
-  const int64_t tiles = (r.inner + width - 1) / width;            // in one row of `inner` outputs
+  const bool across = r.inner_stride == 1 && r.inner > 1;                             // lanes are neighbouring outputs
+  const int width = across ? int(std::min<int64_t>(r.inner, kBytes / sizeof(A))) : 1;   // outputs of a tile
+  const int vectors = across ? (width + Lanes<A>::kEach - 1) / Lanes<A>::kEach : 4;
+  const int lanes = vectors * Lanes<A>::kEach;
+  const int64_t tiles = (r.inner + width - 1) / width;   // in one row of `inner` outputs
+  const int64_t per_row = across ? 1 : lanes;            // terms of an output in a row of lanes
+  const Rounding<T> settled{r.terms};
+  std::mutex mutex = {};
+  struct Strip {
+    int64_t output;   // the first of up to kWidth neighbours
+    uint8_t open;     // bit l: the next but l is not settled
+    bool operator[](int l) const { return open >> l & 1; }
+  };
+  std::vector<Strip> open = {};
 
-  int64_t output(int64_t task) const { return task / tiles * r.inner + task % tiles * width; }   // a tile's first
-  int64_t outputs(int64_t output) const { return across ? std::min(width, r.inner - output % r.inner) : 1; }
+  const T* terms_of(int64_t output) const {
+    return x + output / r.inner * r.outer_stride + output % r.inner * r.inner_stride;
+  }
+  int here(int64_t output, int most) const {
+    return across ? int(std::min<int64_t>(most, r.inner - output % r.inner)) : 1;
+  }
+  const T* term(const T* first, int64_t t) const { return first + (r.rows ? r.rows[t] : t) * r.term_stride; }
 
-  // Terms begin ... end - 1 of the outputs from `output` on: to exact[output], or straight to the result.
-  INLINE void add_tile(int64_t output, int64_t begin, int64_t end, A* buffer, Exact* exact) const {
-    const int64_t here = outputs(output);
-    const T* first = x + output / r.inner * r.outer_stride + output % r.inner * r.inner_stride;
-    for (int64_t at = begin; at < end; at += block) {
-      const int64_t n = std::min(block, end - at);
-      const int rows = int(across ? n : (n + kWidth - 1) / kWidth);
-      const A* terms = lay_out(first, at, n, here, buffer);
-      for (int64_t w = 0; w < here; w += kWidth) {
-        Lanes lanes;
-        const A* mine = terms + w / kWidth * strip;
-        add_rows(mine, rows, !across, lanes);
-        for (int64_t l = 0; l < std::min<int64_t>(kWidth, here - w); ++l) {
-          if (!exact && lanes.whole(l)) {   // as nearly always
-            out[output + w + l] = add_once<T>(lanes.sum[l], lanes.rest[l]);
-            continue;
-          }
-          Exact alone;
-          if (!exact) alone.clear();
-          add_lane(lanes, l, mine + l, n, across ? kWidth : 1, exact ? exact[w + l] : alone);
-          if (!exact) out[output + w + l] = alone.rounded<T>();
-        }
+  // Terms begin ... end - 1 of the outputs from `output` on, to `to` or straight to the result.
+  INLINE void add_tile(int64_t output, int64_t begin, int64_t end, Lanes<A>& sums, Running* to) {
+    const int outputs = here(output, width);
+    const T* first = terms_of(output);
+    const int64_t rows = (end - begin + per_row - 1) / per_row, step = per_row * r.term_stride;
+    const bool straight = std::is_same_v<T, A> && !r.rows && (across || r.term_stride == 1);   // rows as they lie
+    A buffer[kStreams][kBytes / sizeof(A)];
+    sums.clear(vectors);
+    for (int64_t row = 0; row < rows;) {
+      const int64_t left = std::min(kRowsOfBlock - row % kRowsOfBlock, rows - row);
+      const int some = left >= kStreams ? kStreams : 1;
+      const A* at[kStreams];
+      const int64_t t = begin + row * per_row;
+      if (straight && (across ? outputs == lanes : t + some * lanes <= end))
+        for (int k = 0; k < some; ++k) at[k] = reinterpret_cast<const A*>(first) + t * r.term_stride + k * step;
+      else
+        for (int64_t k = 0, from = t; k < some; ++k, from += per_row)
+          at[k] = lay_out(term(first, from), across ? outputs : int(std::min(per_row, end - from)), buffer[k]);
+      some == kStreams ? sums.template add<kStreams>(at, vectors) : sums.template add<1>(at, vectors);
+      row += some;
+      if (row % kRowsOfBlock == 0 || row == rows) sums.end_block(vectors);
+    }
+    if (!across) sums.merge(vectors);
+    if (to)
+      for (int w = 0; w < outputs; ++w) to[w] = sums[w];
+    else
+      settle(output, sums);
+  }
+
+  // Rounds the sums of a tile and notes which outputs that leaves open.
+  template <class Sums>
+  INLINE void settle(int64_t output, const Sums& sums) {
+    const int outputs = here(output, width);
+    for (int begin = 0, end; begin < outputs; begin = end) {
+      end = std::min(outputs, begin + kSide);
+      if (settled(sums, begin, end, out + output)) continue;
+      for (int w = begin; w < end; w += kWidth) {
+        Strip strip{output + w, 0};
+        for (int l = w; l < std::min(end, w + kWidth); ++l)
+          if (!settled(sums, l, l + 1, out + output) && !settled.zero(sums[l], out[output + l]))
+            strip.open |= 1 << (l - w);
+        if (!strip.open) continue;
+        const std::lock_guard<std::mutex> lock(mutex);
+        open.push_back(strip);
       }
     }
   }
 
-  // n terms of `here` outputs as strips of rows of kWidth, zeros after the last: where they lie or in the buffer.
-  INLINE const A* lay_out(const T* first, int64_t at, int64_t n, int64_t here, A* buffer) const {
-    if (across) {
-      for (int64_t row = 0; row < n; row += kStreams)   // several at a time, which hides the way to memory
-        for (int64_t w = 0; w < here; w += kWidth)
-          for (int64_t k = row; k < std::min(row + kStreams, n); ++k) {
-            A* to = buffer + w / kWidth * strip + k * kWidth;
-            const T* from = first + (r.rows ? r.rows[at + k] : at + k) * r.term_stride + w;
-            if (std::is_same_v<T, A> && w + kWidth <= here)
-              memcpy(to, from, kWidth * sizeof(A));
-            else
-              for (int l = 0; l < kWidth; ++l) to[l] = w + l < here ? A(from[l]) : A(0);
-          }
-      return buffer;
-    }
-    first += at * r.term_stride;   // `rows` are for outputs side by side
+  // n numbers, and -0.0 up to `lanes`: where they lie or in the buffer.
+  INLINE const A* lay_out(const T* from, int n, A* buffer) const {
+    const int64_t stride = across ? 1 : r.term_stride;
     if constexpr (std::is_same_v<T, A>)
-      if (r.term_stride == 1 && n % kWidth == 0) return first;
-    for (int64_t i = 0; i < n; ++i) buffer[i] = A(first[i * r.term_stride]);
-    std::fill(buffer + n, buffer + (n + kWidth - 1) / kWidth * kWidth, A(0));
+      if (stride == 1 && n == lanes) return from;
+    if (stride == 1)
+      for (int l = 0; l < n; ++l) buffer[l] = A(from[l]);
+    else
+      for (int l = 0; l < n; ++l) buffer[l] = A(from[l * stride]);
+    std::fill(buffer + n, buffer + lanes, A(-0.0f));
     return buffer;
   }
 
-  void add_tile_any(int64_t output, int64_t begin, int64_t end, A* buffer, Exact* exact) const {
-    add_tile(output, begin, end, buffer, exact);
+  // The same without error: terms begin ... end - 1 of up to kWidth outputs to exact[output].
+  INLINE void add_exactly(Strip strip, int64_t begin, int64_t end, Exact* exact) const {
+    const int outputs = here(strip.output, kWidth);
+    const T* first = terms_of(strip.output);
+    const int64_t block = across ? kRowsOfBlock : kSplit;
+    A buffer[kSplit];
+    for (int64_t at = begin; at < end; at += block) {
+      const int64_t n = std::min(block, end - at), rows = across ? n : (n + kWidth - 1) / kWidth;
+      if (across)
+        for (int64_t k = 0; k < n; ++k)
+          for (int l = 0; l < kWidth; ++l) buffer[k * kWidth + l] = l < outputs ? A(term(first, at + k)[l]) : A(0);
+      else
+        for (int64_t k = 0; k < rows * kWidth; ++k) buffer[k] = k < n ? A(*term(first, at + k)) : A(0);
+      Pieces pieces;
+      split_rows(buffer, int(rows), !across, pieces);
+      for (int l = 0; l < outputs; ++l)
+        if (strip[l]) add_lane(pieces, l, buffer + l, n, across ? kWidth : 1, exact[l]);
+    }
+  }
+
+  void add_tile_any(int64_t output, int64_t begin, int64_t end, Lanes<A>& sums, Running* to) {
+    add_tile(output, begin, end, sums, to);
+  }
+  void add_exactly_any(Strip strip, int64_t begin, int64_t end, Exact* exact) const {
+    add_exactly(strip, begin, end, exact);
   }
 #if defined(__x86_64__)
-  __attribute__((target("avx2"))) void add_tile_avx2(int64_t output, int64_t begin, int64_t end, A* buffer,
-                                                     Exact* exact) const {
-    add_tile(output, begin, end, buffer, exact);
+  __attribute__((target("avx2"))) void add_tile_avx2(int64_t output, int64_t begin, int64_t end, Lanes<A>& sums,
+                                                     Running* to) {
+    add_tile(output, begin, end, sums, to);
+  }
+  __attribute__((target("avx2"))) void add_exactly_avx2(Strip strip, int64_t begin, int64_t end, Exact* exact) const {
+    add_exactly(strip, begin, end, exact);
   }
 #endif
 
-  void round(int64_t task, Exact* exact) const {
-    for (int64_t w = 0; w < outputs(output(task)); ++w) out[output(task) + w] = exact[w].rounded<T>();
-  }
+  // How the terms of every task are cut, so that there is work for all threads.
+  struct Cut {
+    int64_t pieces, length, grain;
+    Cut(int64_t terms, int64_t tasks, int64_t outputs) {
+      const int64_t threads = torch::stable::get_num_threads(), all = terms * outputs;
+      const int64_t wanted = tasks >= 2 * threads || all < 2 * kGrain ? 1 : 4 * threads / tasks;
+      length = ((terms + wanted - 1) / wanted + kSplit - 1) / kSplit * kSplit;
+      pieces = (terms + length - 1) / length;
+      grain = std::max<int64_t>(1, kGrain * tasks * pieces / all);
+    }
+  };
 
-  void run() const {
+  void run() {
     auto add = &ExactSum::add_tile_any;
+    auto add_without_error = &ExactSum::add_exactly_any;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx2")) add = &ExactSum::add_tile_avx2;
+    if (__builtin_cpu_supports("avx2"))
+      add = &ExactSum::add_tile_avx2, add_without_error = &ExactSum::add_exactly_avx2;
 #endif
-    const int64_t threads = torch::stable::get_num_threads(), all = r.terms * r.outputs(), tasks = r.outer * tiles;
-    // Few outputs: their terms are cut into pieces, whose sums are added up at the end.
-    const int64_t most = tasks >= 2 * threads || all < 2 * kGrain ? 1 : 4 * threads / tasks;
-    const int64_t blocks = (r.terms + block - 1) / block, piece = (blocks + most - 1) / most * block;
-    const int64_t pieces = (r.terms + piece - 1) / piece;
-    std::unique_ptr<Exact[]> sums(pieces > 1 ? new Exact[tasks * pieces * width] : nullptr);
-    torch::stable::parallel_for(0, tasks * pieces, std::max<int64_t>(1, kGrain * tasks * pieces / all),
-                                [&](int64_t first, int64_t last) {
-      std::unique_ptr<A[]> buffer(new A[strips * strip]);
-      std::unique_ptr<Exact[]> mine(pieces == 1 && blocks > 1 ? new Exact[width] : nullptr);
+    const int64_t tasks = r.outer * tiles;
+    const auto output = [this](int64_t task) { return task / tiles * r.inner + task % tiles * width; };
+    const Cut cut(r.terms, tasks, r.outputs());
+    std::unique_ptr<Running[]> sums(cut.pieces > 1 ? new Running[tasks * cut.pieces * width] : nullptr);
+    torch::stable::parallel_for(0, tasks * cut.pieces, cut.grain, [&](int64_t first, int64_t last) {
+      const std::unique_ptr<Lanes<A>> lanes(new Lanes<A>);
       for (int64_t job = first; job < last; ++job) {
-        const int64_t task = job / pieces, begin = job % pieces * piece;
-        Exact* exact = pieces > 1 ? sums.get() + job * width : mine.get();
-        for (int64_t w = 0; exact && w < width; ++w) exact[w].clear();
-        (this->*add)(output(task), begin, std::min(r.terms, begin + piece), buffer.get(), exact);
-        if (mine) round(task, exact);
+        const int64_t begin = job % cut.pieces * cut.length;
+        (this->*add)(output(job / cut.pieces), begin, std::min(r.terms, begin + cut.length), *lanes,
+                     sums ? sums.get() + job * width : nullptr);
       }
     });
     for (int64_t task = 0; sums && task < tasks; ++task) {
-      Exact* exact = sums.get() + task * pieces * width;
-      for (int64_t p = 1; p < pieces; ++p)
-        for (int64_t w = 0; w < outputs(output(task)); ++w) exact[w].add(exact[p * width + w]);
-      round(task, exact);
+      Running* sum = sums.get() + task * cut.pieces * width;
+      for (int64_t piece = 1; piece < cut.pieces; ++piece)
+        for (int w = 0; w < here(output(task), width); ++w) sum[w].add(sum[piece * width + w]);
+      settle(output(task), sum);
+    }
+
+    const int64_t strips = int64_t(open.size());
+    if (strips == 0) return;
+    const Cut again(r.terms, strips, strips * kWidth);
+    std::unique_ptr<Exact[]> exacts(again.pieces > 1 ? new Exact[strips * again.pieces * kWidth] : nullptr);
+    const auto round = [this](Strip strip, Exact* exact) {
+      for (int l = 0; l < kWidth; ++l)
+        if (strip[l]) out[strip.output + l] = exact[l].template rounded<T>();
+    };
+    torch::stable::parallel_for(0, strips * again.pieces, again.grain, [&](int64_t first, int64_t last) {
+      const std::unique_ptr<Exact[]> mine(exacts ? nullptr : new Exact[kWidth]);
+      for (int64_t job = first; job < last; ++job) {
+        const int64_t begin = job % again.pieces * again.length;
+        const Strip strip = open[job / again.pieces];
+        Exact* exact = mine ? mine.get() : exacts.get() + job * kWidth;
+        for (int l = 0; l < kWidth; ++l)
+          if (strip[l]) exact[l].clear();
+        (this->*add_without_error)(strip, begin, std::min(r.terms, begin + again.length), exact);
+        if (mine) round(strip, exact);
+      }
+    });
+    for (int64_t strip = 0; exacts && strip < strips; ++strip) {
+      Exact* exact = exacts.get() + strip * again.pieces * kWidth;
+      for (int64_t piece = 1; piece < again.pieces; ++piece)
+        for (int l = 0; l < kWidth; ++l)
+          if (open[strip][l]) exact[l].add(exact[piece * kWidth + l]);
+      round(open[strip], exact);
     }
   }
 };

@@ -46,24 +46,18 @@ ORDERED_HD double split(double& x, double sigma) {
   return q;
 }
 
-// An x that is not a double, given as the nearest double and the error of that, becomes the neighbour of x whose last
-// bit is one. Rounded to a type at least two bits shorter it gives what x gives (Boldo, Melquiond, "Emulation of a FMA
-// and correctly rounded sums: proved algorithms using rounding to odd", IEEE Trans. Comput. 57 (2008)).
-ORDERED_HD double to_odd(double nearest, double error) {
-  const uint64_t bits = bits_of(nearest);
-  if (error == 0 || (bits & 1)) return nearest;
-  return double_of((error < 0) == (nearest < 0) ? bits + 1 : bits - 1);
-}
-
-// x rounded once to T. A half type is reached through float, by way of the neighbour whose last bit is one.
+// x rounded once to T. A half type is reached through float: an x that is no float becomes the neighbour whose last bit
+// is one, which rounds to a shorter type as x does (Boldo, Melquiond, "Emulation of a FMA and correctly rounded sums:
+// proved algorithms using rounding to odd", IEEE Trans. Comput. 57 (2008)).
 template <class T>
 ORDERED_HD T narrow(double x) {
   float f = float(x);
-  if (!std::is_same_v<T, float> && double(f) != x && x - x == 0) {
+  if constexpr (!std::is_same_v<T, float>) {
+    const double error = x - double(f);   // NaN for an infinity
     uint32_t bits;
     memcpy(&bits, &f, sizeof bits);
-    if (fabs(double(f)) > fabs(x)) --bits;
-    bits |= 1;
+    bits -= uint32_t((error < 0) == (x > 0) && error != 0 && error == error);
+    bits |= uint32_t(error < 0 || error > 0);
     memcpy(&f, &bits, sizeof f);
   }
   return T(f);
@@ -72,15 +66,6 @@ ORDERED_HD T narrow(double x) {
 template <>
 ORDERED_HD double narrow<double>(double x) {
   return x;
-}
-
-// a + b rounded once to T.
-template <class T>
-ORDERED_HD T add_once(double a, double b) {
-  const double sum = a + b;
-  if (std::is_same_v<T, double>) return T(sum);
-  const double other = sum - a;
-  return narrow<T>(to_odd(sum, (a - (sum - other)) + (b - other)));   // Knuth's two-sum: the error of a + b
 }
 
 struct Exact {
