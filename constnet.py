@@ -128,6 +128,9 @@ def parse_arguments(argv, more=()):
                      help="cut every batch into S parts with batch norms of their own and add their gradients in "
                           "fixed order: the same bits on 1, 2, ... S processes; default: 0, off (torchrun then "
                           "averages in the order of its library)")
+    how.add_argument("--sync-batch-norm", action="store_true",
+                     help="torchrun on GPUs: batch norm over the images of all processes, as one process would have "
+                          "it; default: each over its own")
 
     order = parser.add_argument_group("the order of additions in the weight gradients")
     order.add_argument("--order", nargs="+", default=["shuffled"], metavar="ORDER",
@@ -206,6 +209,8 @@ def check_arguments(args):
     processes = 1 if study_of(args) else common.PROCESSES
     need(args.shards >= 0 and args.shards % processes == 0, "--shards", args.shards,
          f"0 or a multiple of the {processes} processes")
+    need(not args.sync_batch_norm or (processes > 1 and device.type == "cuda" and not args.shards),
+         "--sync-batch-norm", "on", "left out but under torchrun on GPUs, without --shards and studies")
     parts = args.shards or processes
     need(args.batch_size % parts == 0, "--batch-size", args.batch_size, f"a multiple of {parts}, its parts")
     need(1 <= args.splits <= args.batch_size // parts, "--splits", args.splits,
@@ -626,6 +631,8 @@ def train(args, name, seed, data, out):
                      "test_accuracy": test_accuracy, "nonzero": share_not_zero(weights)})
         symmetry.measure(rows[-1])
     policy.load_state_dict({"step": step})
+    if args.sync_batch_norm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     forward = model if processes == 1 or args.shards else nn.parallel.DistributedDataParallel(model)
     forward = torch.compile(forward) if args.compile else forward
 

@@ -124,9 +124,13 @@ def test_normaliser_and_augmentation():
 @pytest.mark.parametrize("schedule,expected", [("constant", [1, 1, 1, 1]), ("step", [1, 0.2, 0.04, 0.008]),
                                                ("cosine", [1, 0.5 * (1 + np.cos(0.3 * np.pi)), None, None])])
 def test_schedules(schedule, expected):
-    args = constnet.parse_arguments(["--schedule", schedule, "--epochs", "200", "--lr", "1"])
+    args = constnet.parse_arguments(["--schedule", schedule, "--epochs", "200", "--lr", "1", "--warmup", "0"])
     for epoch, rate in zip((0, 60, 120, 160), expected, strict=True):   # 140, 80, 40 epochs to go
-        assert rate is None or constnet.learning_rate(args, epoch) == pytest.approx(rate)
+        assert rate is None or constnet.learning_rate(args, 7 * epoch, 7) == pytest.approx(rate)
+    args.warmup = 2                                                      # 14 steps
+    for step in range(14):
+        assert constnet.learning_rate(args, step, 7) == pytest.approx((step + 1) / 14, rel=1e-3)
+    assert constnet.learning_rate(args, 60 * 7, 7) == pytest.approx(expected[1])
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -398,6 +402,16 @@ def test_two_processes_train_as_one(tmp_path, run):
         torch.testing.assert_close(value, weights[1][name], rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_processes_with_synchronised_batch_norm_train_as_one(tmp_path, run):
+    for name, processes, more in (("one", 1, ()), ("two", 2, ("--sync-batch-norm",))):
+        done = run("constnet.py", *QUICK, *more, "--order", "fixed", "--init", "ab", "--lr", 0.05, "--out",
+                   tmp_path / name, processes=processes)
+        assert done.returncode == 0, done.stderr
+    (one,), (two,) = results(tmp_path / "one"), results(tmp_path / "two")
+    assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-2)
+
+
 def test_shards_have_the_same_bits_on_any_number_of_processes(tmp_path, run):
     arguments = (*QUICK, "--shards", 4, "--dropout", 0.1, "--augment", "--mixup", 1)
     for processes in (1, 2, 4):
@@ -446,7 +460,7 @@ BAD = [
     (("--prox", -1), "--prox"), (("--cutout", -1), "--cutout"), (("--figure2", "digits", "x"), "--figure2.*x"),
     (("--freeze", "conv9"), "--freeze.*conv9.*stem.weight"), (("--table1", "--signal"), "--signal.*--table1"),
     (("--momentum", 0, "--nesterov"), "--momentum.*--nesterov"), (("--shards", 3), "--batch-size.*64.*3"),
-    (("--shards", 16), "--splits.*8.*4"),
+    (("--shards", 16), "--splits.*8.*4"), (("--warmup", -1), "--warmup.*-1"), (("--sync-batch-norm",), "--sync-batch-norm.*torchrun"),
 ]
 
 
