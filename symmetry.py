@@ -3,9 +3,10 @@
 A network whose channels all start equal (constnet.py's, in small) learns one feature until some noise parts the
 channels. Here the noise is varied: additions in an order drawn for every weight, over G partial sums; one bit of one
 weight's gradient, flipped once; Gaussian noise of 2^-20 to 1 ulp of every weight's gradient; stochastic rounding;
-dropout; hardware order (racing threads). All else is equal: the weights at the start, and for one seed the batches. How
-far the channels are apart is the spread, ||W - mean over output channels|| / ||W||, of the layer where it is largest.
-It grows exponentially from the size of the noise; at 1 % the symmetry counts as broken.
+dropout; hardware order (racing threads), and hardware order recorded, and checked to repeat on replay. All else is
+equal: the weights at the start, and for one seed the batches. How far the channels are apart is the spread,
+||W - mean over output channels|| / ||W||, of the layer where it is largest. It grows exponentially from the size of the
+noise; at 1 % the symmetry counts as broken.
 
     python symmetry.py                     # digits, one seed: three minutes of a core, shared out over the cores
     python symmetry.py --seeds 3           # with intervals: results/symmetry/digits
@@ -22,6 +23,8 @@ import json
 import math
 import pathlib
 import sys
+import tempfile
+import threading
 
 import numpy as np
 import ordered_reduce
@@ -37,7 +40,8 @@ BROKEN, END = 1e-2, 3e-2   # spread at which symmetry counts as broken, at which
 FIT = (3.0, 1e-3)     # the rate is fitted from this multiple of the first spread to this spread
 LEAP = 10.0           # growth in one step at which a fit ends
 POINTS = 5            # fewest steps for a fit
-SEEDED, HARDWARE = f"order, G = {SPLITS}", f"hardware order, G = {SPLITS}"
+SEEDED, HARDWARE, RECORDED = (f"{kind}, G = {SPLITS}" for kind in ("order", "hardware order", "recorded order"))
+RECORDING = threading.Lock()   # a process has one tape
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -103,6 +107,7 @@ def arms(args):
         for splits in args.splits:
             yield "noise", f"order, G = {splits}", 0, dict(order="shuffled", splits=splits)
         yield "noise", HARDWARE, 0, dict(order="atomic")
+        yield "noise", RECORDED, 0, dict(order="arrival")
         yield "noise", "stochastic rounding", 0, dict(noise="stochastic")
         for exponent in args.gaussian:
             yield "noise", f"Gaussian, 2^{exponent} ulp", 0, dict(noise="gaussian", ulps=2.0 ** exponent)
@@ -216,10 +221,20 @@ def train(args, data, seed, p, convert):
 
 
 def one_run(args, data, seed, p, convert):
-    """train with one thread, so that runs share the cores; racing takes two."""
-    torch.set_num_threads(2 if convert.get("order") == "atomic" else 1)
+    """train with one thread, so that runs share the cores; racing takes two. What was recorded is replayed with one."""
+    run, order = (args, data, seed, p, convert), convert.get("order")
+    torch.set_num_threads(2 if order in ("atomic", "arrival") else 1)
     try:
-        return train(args, data, seed, p, convert)
+        if order != "arrival":
+            return train(*run)
+        with RECORDING, tempfile.TemporaryDirectory() as folder:
+            with ordered_reduce.record(f"{folder}/tape"):
+                rows = train(*run)
+            torch.set_num_threads(1)
+            with ordered_reduce.replay(f"{folder}/tape"):
+                if train(*run) != rows:
+                    raise RuntimeError(f"the replay of {RECORDED}, seed {seed}, is another run")
+            return rows
     finally:
         torch.set_num_threads(1)
 

@@ -184,16 +184,23 @@ def test_script_resume_and_plot_only(run, tmp_path):
 
 def test_script_noise_part_and_two_processes(run, tmp_path):
     """Two processes write what one writes, but for hardware order, which differs from run to run."""
-    rows = []
+    rows, racing = [], {symmetry.HARDWARE, symmetry.RECORDED}
     for processes in (1, 2):
         out = tmp_path / str(processes)
         done = run("symmetry.py", *QUICK, "--parts", "noise", "--out", out, processes=processes)
         assert done.returncode == 0, done.stderr
-        rows.append([row for row in symmetry.read_rows(out / "metrics.csv") if row["arm"] != symmetry.HARDWARE])
+        rows.append([row for row in symmetry.read_rows(out / "metrics.csv") if row["arm"] not in racing])
     assert rows[0] == rows[1] and len(rows[0]) == 6 * 2 * 6
     arms = {arm["arm"]: arm for arm in json.loads((tmp_path / "1" / "summary.json").read_text())["arms"]}
     assert arms["order, G = 2"]["parted"] == 0 and arms["order, G = 8"]["parted"] == arms["Gaussian, 2^-1 ulp"]["parted"] == 2
-    assert symmetry.HARDWARE in arms and "one bit at step 1" in arms and "dropout 0.01" in arms
+    assert racing < arms.keys() and "one bit at step 1" in arms and "dropout 0.01" in arms
+
+
+def test_a_replay_that_differs_is_an_error(monkeypatch):
+    real, runs = symmetry.train, iter((0, 1))
+    monkeypatch.setattr(symmetry, "train", lambda *given: [[next(runs), *real(*given)[0]]])
+    with pytest.raises(RuntimeError, match="replay"):
+        train(dict(order="arrival"), "--steps", 1)
 
 
 def test_divergence_is_exit_3_and_keeps_the_metrics(run, tmp_path):
