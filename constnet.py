@@ -48,8 +48,9 @@ SMALL = dict(epochs=1, batch_size=64, lr=0.2, weight_decay=5e-4, widen=1, schedu
              augment=False)
 PAPER = dict(epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, widen=10, schedule="step", warmup=0.0, mixup=1.0,
              augment=True)
-DEFAULTS = {"digits": {**SMALL, "epochs": 24}, "mnist": SMALL, "fashion-mnist": {**SMALL, "lr": 0.05},
-            "cifar10": PAPER, "cifar100": PAPER, "imagefolder": {**SMALL, "lr": 0.02, "augment": True}}
+DEFAULTS = {"digits": {**SMALL, "epochs": 24, "lr": 0.3, "warmup": 4.0}, "mnist": SMALL,
+            "fashion-mnist": {**SMALL, "lr": 0.05}, "cifar10": PAPER, "cifar100": PAPER,
+            "imagefolder": {**SMALL, "lr": 0.02, "augment": True}}
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -170,8 +171,9 @@ def parse_arguments(argv, more=()):
 
     common.add_files(parser, "constnet/DATASET", "to the same bits; finished arms are kept")
     args = parser.parse_args([*argv, *more])
-    if args.lr is None and (args.arch == "leakynet" or args.leakynet_study):
-        args.lr = 0.03   # the authors'
+    if args.arch == "leakynet" or args.leakynet_study:   # the authors'
+        args.lr = 0.03 if args.lr is None else args.lr
+        args.warmup = 0.0 if args.warmup is None else args.warmup
     common.check_common(args, DEFAULTS)
     check_arguments(args)
     return args

@@ -1,6 +1,6 @@
 """Speed on the CPU, as ratios measured in one run: `sum` against torch.sum, exact against fixed order, index_add
-and a Constnet step against PyTorch's own, the grid of mlp_replicated.py against one network after the other; and which
-kernels' bits depend on the number of threads.
+and a Constnet step against PyTorch's own, the grid of mlp_replicated.py against one network after the other, --shards
+against plain data parallel; and which kernels' bits depend on the number of threads.
 
     python bench/cpu.py [--out results/bench/cpu.json]      # about 4 minutes on two cores, 1.1 GB
 
@@ -14,16 +14,20 @@ others' numbers in the file.
 import argparse
 import itertools
 import json
+import os
 import pathlib
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 import ordered_reduce
 
 import common
@@ -208,15 +212,35 @@ def grid():
     return rows
 
 
+def shards():
+    """Two processes with a thread each on the digits: the same bits on any number of processes, against
+    DistributedDataParallel."""
+    seconds = {"0": [], "2": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for pair in range(5):
+            for number, found in seconds.items():
+                subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                                str(ROOT / "constnet.py"), "--epochs", "8", "--shards", number, "--splits", "8", "--device", "cpu",
+                                "--out", f"{folder}/{number}-{pair}"], check=True, capture_output=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+                found.append(json.loads(pathlib.Path(folder, f"{number}-{pair}", "summary.json").read_text())[0]
+                             ["wall_seconds"])
+    ratio = statistics.median(ours / theirs for ours, theirs in zip(seconds["2"], seconds["0"], strict=True))
+    rows = [{"what": "constnet.py --shards 2 on two processes, digits", "times_data_parallel": round(ratio, 3),
+             "seconds": statistics.median(seconds["2"]), "data_parallel_seconds": statistics.median(seconds["0"])}]
+    print(rows[-1], flush=True)
+    return rows
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default="results/bench/cpu.json")
-    parser.add_argument("--only", choices=("threads", "steps", "sums", "exact", "index_adds", "grid"),
+    parser.add_argument("--only", choices=("threads", "steps", "sums", "exact", "index_adds", "grid", "shards"),
                         help="default: all")
     args = parser.parse_args()
     result = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
     result.update(common.environment(torch.device("cpu")))
-    for part in (threads, steps, sums, exact, index_adds, grid):
+    for part in (threads, steps, sums, exact, index_adds, grid, shards):
         if args.only in (None, part.__name__):
             result[part.__name__] = part()
     args.out.parent.mkdir(parents=True, exist_ok=True)
