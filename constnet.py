@@ -48,7 +48,7 @@ SMALL = dict(epochs=1, batch_size=64, lr=0.2, weight_decay=5e-4, widen=1, schedu
              augment=False)
 PAPER = dict(epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, widen=10, schedule="step", warmup=0.0, mixup=1.0,
              augment=True)
-DEFAULTS = {"digits": {**SMALL, "epochs": 24, "lr": 0.3, "warmup": 4.0}, "mnist": SMALL,
+DEFAULTS = {"digits": {**SMALL, "epochs": 24, "lr": 0.3, "warmup": 1 / 6}, "mnist": SMALL,
             "fashion-mnist": {**SMALL, "lr": 0.05}, "cifar10": PAPER, "cifar100": PAPER,
             "imagefolder": {**SMALL, "lr": 0.02, "augment": True}}
 
@@ -101,8 +101,9 @@ def parse_arguments(argv, more=()):
     how.add_argument("--schedule", choices=("step", "cosine", "constant"),
                      help="of the learning rate: step multiplies it by 0.2 after 30 %%, 60 %% and 80 %% of the epochs "
                           f"(the authors' 140, 80 and 40 of 200 to go), cosine ends at 0; {defaults('schedule')}")
-    how.add_argument("--warmup", type=float, metavar="EPOCHS",
-                     help=f"in which the rate grows from 0 in equal steps; {defaults('warmup')}; paper: none")
+    how.add_argument("--warmup", type=float, metavar="SHARE",
+                     help="share of the epochs in which the rate grows from 0 in equal steps; default: 1/6 on digits, "
+                          "0 elsewhere; paper: none")
     how.add_argument("--momentum", type=float, default=0.9, metavar="M", help="default: 0.9")
     how.add_argument("--nesterov", action="store_true", help="Nesterov's momentum")
     how.add_argument("--weight-decay", type=float, metavar="D", help=defaults("weight_decay"))
@@ -204,7 +205,8 @@ def check_arguments(args):
     need(args.cutout >= 0, "--cutout", args.cutout, "at least 0")
     for dataset in args.figure2 or ():
         need(dataset in common.DATASETS, "--figure2", dataset, f"two of {', '.join(common.DATASETS)}")
-    for name in ("lr", "warmup", "weight_decay", "mixup", "prox"):
+    need(0 <= args.warmup <= 1, "--warmup", args.warmup, "in [0, 1]")
+    for name in ("lr", "weight_decay", "mixup", "prox"):
         value = getattr(args, name)
         need(all(math.isfinite(v) and v >= 0 for v in (value if name == "prox" else [value])), f"--{name}", value,
              "finite and at least 0")
@@ -502,8 +504,8 @@ def cutout(x, size):
 
 
 def learning_rate(args, step, steps_per_epoch):
-    done = step / steps_per_epoch / args.epochs
-    warmup = args.warmup * steps_per_epoch
+    steps = args.epochs * steps_per_epoch
+    done, warmup = step / steps, args.warmup * steps
     rate = args.lr * min(1.0, (step + 1) / warmup) if warmup else args.lr
     if args.schedule == "step":
         return rate * 0.2 ** sum(done >= milestone for milestone in (0.3, 0.6, 0.8))

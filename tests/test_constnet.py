@@ -127,7 +127,7 @@ def test_schedules(schedule, expected):
     args = constnet.parse_arguments(["--schedule", schedule, "--epochs", "200", "--lr", "1", "--warmup", "0"])
     for epoch, rate in zip((0, 60, 120, 160), expected, strict=True):   # 140, 80, 40 epochs to go
         assert rate is None or constnet.learning_rate(args, 7 * epoch, 7) == pytest.approx(rate)
-    args.warmup = 2                                                      # 14 steps
+    args.warmup = 2 / 200                                                # 14 steps
     for step in range(14):
         assert constnet.learning_rate(args, step, 7) == pytest.approx((step + 1) / 14, rel=1e-3)
     assert constnet.learning_rate(args, 60 * 7, 7) == pytest.approx(expected[1])
