@@ -118,13 +118,19 @@ INLINE void contiguous_blocks(const T* x, int64_t n, Acc* lanes) {
   add_rows(wanted, row, kLanes, lanes);
 }
 
-// The sum of 32 lanes, by halving; the last four in registers.
+// The sum of 32 lanes, by halving, in registers.
 template <class Acc>
-INLINE Acc add_lanes(Acc* lanes) {
+INLINE Acc add_lanes(const Acc* lanes) {
+  typedef Acc Vector __attribute__((vector_size(32), aligned(sizeof(Acc)), may_alias));
+  constexpr int kWidth = 32 / sizeof(Acc), kVectors = kLanes / kWidth;
+  Vector v[kVectors];
+  for (int i = 0; i < kVectors; ++i) v[i] = reinterpret_cast<const Vector*>(lanes)[i];
 #pragma GCC unroll 3
-  for (int half = kLanes / 2; half > 2; half /= 2)
-    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  return tree(tree(lanes[0], lanes[2]), tree(lanes[1], lanes[3]));
+  for (int half = kVectors / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  Vector sum = v[0];
+  if constexpr (kWidth == 8) sum += __builtin_shufflevector(sum, sum, 4, 5, 6, 7, 4, 5, 6, 7);
+  return tree(tree(sum[0], sum[2]), tree(sum[1], sum[3]));
 }
 
 // The lowest levels, three at most, of the tree over `terms` terms, a power of two: the sum of leaf 0 ... count - 1,
@@ -341,7 +347,26 @@ struct Sum {
     return counter.finish();
   }
 
-  // partial[g * pitch] for the groups of one output, of at most ROWS * kLanes contiguous terms: all in registers.
+  // partial[g * pitch] for the groups of one output, of at most TERMS contiguous terms, a power of two.
+  template <int TERMS>
+  INLINE void tiny_groups(const Place& p, const T* x, Acc* partial) const {
+    for (int64_t g = p.first; g < p.last; ++g) {
+      const Group group = groups[g];
+      const auto sum = [](const auto& at) __attribute__((always_inline)) {   // the 32 lanes' halving, but for -0.0
+        if constexpr (TERMS == 1) return at(0);
+        if constexpr (TERMS == 2) return at(0) + at(1);
+        if constexpr (TERMS == 4) return tree(at(0) + at(2), at(1) + at(3));
+        if constexpr (TERMS == 8)
+          return tree(tree(at(0) + at(4), at(2) + at(6)), tree(at(1) + at(5), at(3) + at(7)));
+      };
+      const T* first = x + group.begin;
+      partial[g * pitch] = group.size == TERMS
+          ? sum([&](int i) { return Acc(first[i]); })
+          : sum([&](int i) { return i < group.size ? Acc(first[i]) : kNothing<Acc>; });
+    }
+  }
+
+  // The same for at most ROWS * kLanes contiguous terms: all in registers.
   template <int ROWS>
   INLINE void short_groups(const Place& p, const T* x, Acc* partial) const {
     for (int64_t g = p.first; g < p.last; ++g) {
@@ -357,7 +382,11 @@ struct Sum {
     for (int w = 0; w < p.width; w += width) {
       const T* terms = across ? p.x : terms_of(p.output + w);
       if (contiguous && groups.longest() <= kBlock) {
-        if (groups.longest() <= 1 * kLanes) short_groups<1>(p, terms, partial + w);
+        if (groups.longest() == 1) tiny_groups<1>(p, terms, partial + w);
+        else if (groups.longest() == 2) tiny_groups<2>(p, terms, partial + w);
+        else if (groups.longest() <= 4) tiny_groups<4>(p, terms, partial + w);
+        else if (groups.longest() <= 8) tiny_groups<8>(p, terms, partial + w);
+        else if (groups.longest() <= 1 * kLanes) short_groups<1>(p, terms, partial + w);
         else if (groups.longest() <= 2 * kLanes) short_groups<2>(p, terms, partial + w);
         else if (groups.longest() <= 4 * kLanes) short_groups<4>(p, terms, partial + w);
         else short_groups<8>(p, terms, partial + w);
