@@ -435,8 +435,8 @@ class Symmetry:
             filters = weight.flatten(2)
             form = (filters.view(torch.int32) * self.form[: filters.shape[2]]).sum(2, dtype=torch.int32).sort(1).values
             distinct = 1 + (form[:, 1:] != form[:, :-1]).sum(1)
-            spread = (filters - filters.mean(1, keepdim=True)).norm(dim=(1, 2)) / filters.norm(dim=(1, 2))
-            measures = {"distinct_filters": distinct, "spread": spread.where(distinct > 1, 0.0),
+            size, apart = (w.norm(dim=(1, 2)) for w in (filters, filters - filters.mean(1, keepdim=True)))
+            measures = {"distinct_filters": distinct, "spread": (apart / size).where((distinct > 1) & (size > 0), 0.0),
                         "forward_correlation": mean_correlation(filters),
                         "backward_correlation": mean_correlation(weight.transpose(1, 2).flatten(2))}
             for measure, values in measures.items():
@@ -533,7 +533,7 @@ def conv_weights(model):
 def soft_threshold_(weights, by):
     """The proximal step of by * |w|: each weight goes by this much towards 0 and no further (Bach et al., 2012)."""
     for weight in weights:
-        weight.copy_(weight.sign() * (weight.abs() - by).clamp(min=0))
+        weight.copy_(weight.sign() * (weight.abs() - by).clamp(min=0) + 0.0)   # + 0.0: all zeros are the same bits
 
 
 def share_not_zero(weights):
