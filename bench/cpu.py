@@ -26,8 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import ordered_reduce
 
 import common
@@ -219,12 +218,11 @@ def shards():
     with tempfile.TemporaryDirectory() as folder:
         for pair in range(5):
             for number, found in seconds.items():
+                out = pathlib.Path(folder, f"{number}-{pair}")
                 subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                                str(ROOT / "constnet.py"), "--epochs", "8", "--shards", number, "--splits", "8", "--device", "cpu",
-                                "--out", f"{folder}/{number}-{pair}"], check=True, capture_output=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-                found.append(json.loads(pathlib.Path(folder, f"{number}-{pair}", "summary.json").read_text())[0]
-                             ["wall_seconds"])
+                                constnet.__file__, "--epochs", "8", "--shards", number, "--device", "cpu", "--out", out],
+                               check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                found.append(json.loads((out / "summary.json").read_text())[0]["wall_seconds"])
     ratio = statistics.median(ours / theirs for ours, theirs in zip(seconds["2"], seconds["0"], strict=True))
     rows = [{"what": "constnet.py --shards 2 on two processes, digits", "times_data_parallel": round(ratio, 3),
              "seconds": statistics.median(seconds["2"]), "data_parallel_seconds": statistics.median(seconds["0"])}]
