@@ -219,9 +219,10 @@ def shards():
         for pair in range(5):
             for number, found in seconds.items():
                 out = pathlib.Path(folder, f"{number}-{pair}")
-                subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                                constnet.__file__, "--epochs", "8", "--shards", number, "--device", "cpu", "--out", out],
-                               check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                subprocess.run(
+                    [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                     constnet.__file__, "--epochs", "8", "--shards", number, "--device", "cpu", "--out", out],
+                    check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
                 found.append(json.loads((out / "summary.json").read_text())[0]["wall_seconds"])
     ratio = statistics.median(ours / theirs for ours, theirs in zip(seconds["2"], seconds["0"], strict=True))
     rows = [{"what": "constnet.py --shards 2 on two processes, digits", "times_data_parallel": round(ratio, 3),
