@@ -903,7 +903,7 @@ def draw_figure_2(rows, datasets, path):
         for which, (start, label) in enumerate((("constnet", "Constnet"), ("standard", "standard initialisation"))):
             x, mean, low, high = by_seed([row for row in rows if row["arm"] == f"{dataset}-{start}"], "epoch",
                                          "test_accuracy")
-            axis.plot(x, mean, color=f"C{which}", label=label)
+            axis.plot(x, mean, color=f"C{which}", label=label, marker=".")
             axis.fill_between(x, low, high, color=f"C{which}", alpha=0.2)
         axis.set(xlabel="epoch", ylabel="test accuracy [%]", title=dataset)
     axes[0].legend()
