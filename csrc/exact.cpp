@@ -247,7 +247,7 @@ struct ExactSum {
   T* out;
   const bool across = r.inner_stride == 1 && r.inner > 1;                             // lanes are neighbouring outputs
   const int width = across ? int(std::min<int64_t>(r.inner, kBytes / sizeof(A))) : 1;   // outputs of a tile
-  const int vectors = across ? (width + Lanes<A>::kEach - 1) / Lanes<A>::kEach : 4;
+  const int vectors = across ? (width + Lanes<A>::kEach - 1) / Lanes<A>::kEach : r.terms < 512 ? 1 : 4;
   const int lanes = vectors * Lanes<A>::kEach;
   const int64_t tiles = (r.inner + width - 1) / width;   // in one row of `inner` outputs
   const int64_t per_row = across ? 1 : lanes;            // terms of an output in a row of lanes
