@@ -8,7 +8,7 @@ the length grows with the sum of the scales eta. A network whose lengths are far
 
     python length_scales.py                          # all four parts on the digits, about two minutes
     python length_scales.py --dataset mnist          # the paper's data
-    python length_scales.py --parts lengths          # Figure 1a alone, no training: about a minute
+    python length_scales.py --parts lengths          # Figure 1a alone, no training: half a minute
 
 Draws and seeds are batched. Every run writes config.json, metrics.csv (a row per part, setting, depth and quantity),
 summary.json, figure1.png, figure2.png and fm2.png.
