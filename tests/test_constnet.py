@@ -484,7 +484,7 @@ def test_another_configuration_and_broken_checkpoints_are_refused(tmp_path, run)
 
     whole = files()
     again = run("constnet.py", *QUICK, "--out", tmp_path / "a")
-    other = run("constnet.py", *QUICK, "--lr", 0.3, "--resume", "--out", tmp_path / "a")
+    other = run("constnet.py", *QUICK, "--lr", 0.7, "--resume", "--out", tmp_path / "a")
     assert whole == files()
     done = run("constnet.py", *QUICK, "--resume", "--out", tmp_path / "a")     # nothing left to do: the same results
     assert done.returncode == 0 and whole == files()
@@ -494,7 +494,7 @@ def test_another_configuration_and_broken_checkpoints_are_refused(tmp_path, run)
     (tmp_path / "a" / "shuffled-0-checkpoint.pt").unlink()
     (tmp_path / "a" / "done" / "shuffled-0.json").write_text("{")
     broken = run("constnet.py", *QUICK, "--resume", "--out", tmp_path / "a")
-    for done, named in ((again, "--out"), (other, "--lr 0.2"), (truncated, "checkpoint.pt"), (broken, "shuffled-0.json")):
+    for done, named in ((again, "--out"), (other, "--lr 0.3"), (truncated, "checkpoint.pt"), (broken, "shuffled-0.json")):
         assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
