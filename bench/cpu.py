@@ -2,7 +2,7 @@
 and a Constnet step against PyTorch's own, the grid of mlp_replicated.py against one network after the other, --shards
 against plain data parallel; and which kernels' bits depend on the number of threads.
 
-    python bench/cpu.py [--out results/bench/cpu.json]      # about 4 minutes on two cores, 1.1 GB
+    python bench/cpu.py [--out results/bench/cpu.json]      # about 8 minutes on two cores, 1.1 GB
 
 The two sides of a ratio alternate, and the ratio is the median of the pairs' ratios, so that a machine that slows down
 for a while slows both. Reach: sum at least 0.9 of torch.sum's throughput, exact at least 0.5 of fixed's, index_add
