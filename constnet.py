@@ -44,13 +44,12 @@ SAVE_SECONDS = 30     # within an epoch a checkpoint is written when the last on
 
 # The paper's recipe on the CIFAR sets (mixup, weight decay and batch size are those of the code base that it builds
 # on); elsewhere one that a CPU finishes in minutes.
-SMALL = dict(epochs=1, batch_size=64, lr=0.2, weight_decay=5e-4, widen=1, schedule="cosine", warmup=0.0, mixup=0.0,
+SMALL = dict(epochs=1, batch_size=64, lr=0.1, weight_decay=5e-4, widen=1, schedule="cosine", warmup=1 / 6, mixup=0.0,
              augment=False)
 PAPER = dict(epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, widen=10, schedule="step", warmup=0.0, mixup=1.0,
              augment=True)
-DEFAULTS = {"digits": {**SMALL, "epochs": 24, "lr": 0.3, "warmup": 1 / 6}, "mnist": SMALL,
-            "fashion-mnist": {**SMALL, "lr": 0.05}, "cifar10": PAPER, "cifar100": PAPER,
-            "imagefolder": {**SMALL, "lr": 0.02, "augment": True}}
+DEFAULTS = {"digits": {**SMALL, "epochs": 24, "lr": 0.3}, "mnist": {**SMALL, "lr": 0.2}, "fashion-mnist": SMALL,
+            "cifar10": PAPER, "cifar100": PAPER, "imagefolder": {**SMALL, "augment": True}}
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -102,8 +101,8 @@ def parse_arguments(argv, more=()):
                      help="of the learning rate: step multiplies it by 0.2 after 30 %%, 60 %% and 80 %% of the epochs "
                           f"(the authors' 140, 80 and 40 of 200 to go), cosine ends at 0; {defaults('schedule')}")
     how.add_argument("--warmup", type=float, metavar="SHARE",
-                     help="share of the epochs in which the rate grows from 0 in equal steps; default: 1/6 on digits, "
-                          "0 elsewhere; paper: none")
+                     help="share of the epochs in which the rate grows from 0 in equal steps; default: 0 on cifar10, "
+                          "cifar100 and with leakynet, 1/6 elsewhere; paper: none")
     how.add_argument("--momentum", type=float, default=0.9, metavar="M", help="default: 0.9")
     how.add_argument("--nesterov", action="store_true", help="Nesterov's momentum")
     how.add_argument("--weight-decay", type=float, metavar="D", help=defaults("weight_decay"))
@@ -278,8 +277,11 @@ class Constnet(nn.Module):
         self.stages = stages(blocks, widen, lambda number, *shape: Block(*shape, dropout, norm))
         self.head = nn.Linear(64 * widen, classes)
 
+    def features(self, x):
+        return F.relu(self.stages(self.stem(x))).mean((2, 3))
+
     def forward(self, x):
-        return self.head(F.relu(self.stages(self.stem(x))).mean((2, 3)))
+        return self.head(self.features(x))
 
 
 def stages(blocks, widen, block):
@@ -326,8 +328,11 @@ class LeakyNet(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    def features(self, x):
+        return F.leaky_relu(self.stages(self.stem(x)), LEAK).mean((2, 3))
+
     def forward(self, x):
-        return self.head(F.leaky_relu(self.stages(self.stem(x)), LEAK).mean((2, 3)))
+        return self.head(self.features(x))
 
 
 @torch.no_grad()
@@ -514,15 +519,23 @@ def learning_rate(args, step, steps_per_epoch):
 
 @torch.no_grad()
 def evaluate(model, images, labels, normalise, autocast):
+    """The columns of metrics.csv that come from the test images.
+
+    active is the share of the head's inputs that are not 0 [%]. No batch norm stands before the last ReLU, so that one
+    step too far can put it at 0 everywhere: then no gradient reaches any weight, and the network is dead.
+    """
     model.eval()
-    loss = correct = 0
+    loss = correct = active = 0
     for x, y in zip(images.split(1000), labels.split(1000), strict=True):
         with autocast():
-            logits = model(normalise(x)).float()
+            features = model.features(normalise(x))
+            logits = model.head(features).float()
         loss += F.cross_entropy(logits, y, reduction="sum")
         correct += (logits.argmax(1) == y).sum()
+        active += (features != 0).float().mean() * len(y)
     model.train()
-    return float(loss) / len(labels), 100 * int(correct) / len(labels)
+    return {"test_loss": float(loss) / len(labels), "test_accuracy": 100 * int(correct) / len(labels),
+            "active": 100 * float(active) / len(labels)}
 
 
 def conv_weights(model):
@@ -630,9 +643,9 @@ def train(args, name, seed, data, out):
         symmetry.first_broken = state["first_broken"]
     else:
         symmetry.watch(step)
-        test_loss, test_accuracy = evaluate(model, test_images, test_labels, normalise, autocast)
-        rows.append({"arm": name, "seed": seed, "step": step, "epoch": step / steps_per_epoch, "test_loss": test_loss,
-                     "test_accuracy": test_accuracy, "nonzero": share_not_zero(weights)})
+        rows.append({"arm": name, "seed": seed, "step": step, "epoch": step / steps_per_epoch,
+                     **evaluate(model, test_images, test_labels, normalise, autocast),
+                     "nonzero": share_not_zero(weights)})
         symmetry.measure(rows[-1])
     policy.load_state_dict({"step": step})
     if args.sync_batch_norm:
@@ -718,8 +731,7 @@ def train(args, name, seed, data, out):
             symmetry.measure(row)
             if last_of_epoch:
                 row["epoch_train_loss"] = sum(map(float, losses)) / len(losses)
-                tested = evaluate(model, test_images, test_labels, normalise, autocast)
-                row["test_loss"], row["test_accuracy"] = tested
+                row |= evaluate(model, test_images, test_labels, normalise, autocast)
                 row["nonzero"] = share_not_zero(weights)
                 losses.clear()
                 progress.set_postfix(test=f"{row['test_accuracy']:.1f} %", refresh=False)
@@ -740,6 +752,7 @@ def train(args, name, seed, data, out):
                "dropout": args.dropout, "init": args.layer_init if args.arch == "leakynet" else args.init, "seed": seed,
                "dataset": args.dataset, "epochs": args.epochs, "steps": step, "test_accuracy": tested["test_accuracy"],
                "train_loss": tested.get("epoch_train_loss"), "diverged": diverged, "nonzero": tested["nonzero"],
+               "active": tested["active"],
                "symmetry": symmetry.summary(), "weights_sha256": bits.hexdigest(), "wall_seconds": round(seconds, 2),
                "images_per_second": round(step * batch / seconds, 1)}
     return {"summary": summary, "rows": rows}
@@ -982,7 +995,7 @@ def report(directory):
         if arguments.get("signal"):
             return draw_signal(read_rows(directory / "signal.csv"), directory / "signal.png")
         # The first keys are missing in runs of older versions.
-        summary = [{"arm": arm["order"], "diverged": False, "nonzero": math.nan, **arm}
+        summary = [{"arm": arm["order"], "diverged": False, "nonzero": math.nan, "active": math.nan, **arm}
                    for arm in json.loads((directory / "summary.json").read_text())]
         rows = read_rows(directory / "metrics.csv")
     except (OSError, ValueError, KeyError) as error:
@@ -1062,6 +1075,10 @@ def main(argv=None):
     report(out)
     print(f"\n{out}/: metrics.csv, summary.json, config.json, ARM-SEED.pt (weights), "
           + ", ".join(sorted(path.name for path in [*out.glob("*.png"), *out.glob("table1.md")])))
+    dead = [f"{arm['arm']}, seed {arm['seed']}" for arm in summary if arm["active"] == 0]
+    if dead:
+        print(f"constnet.py: dead: the last ReLU is 0 everywhere, so no gradient reaches a weight: {'; '.join(dead)}; "
+              f"try a longer --warmup (was {args.warmup:g}) or a smaller --lr (was {args.lr:g})", file=sys.stderr)
     diverged = [f"{arm['arm']}, seed {arm['seed']}, at step {arm['steps']}" for arm in summary if arm["diverged"]]
     if diverged:
         print(f"constnet.py: diverged: the loss is not finite: {'; '.join(diverged)}; try a smaller --lr (was "

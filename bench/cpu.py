@@ -237,6 +237,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", choices=("threads", "steps", "sums", "exact", "index_adds", "grid", "shards"),
                         help="default: all")
     args = parser.parse_args()
+    common.keep_memory()   # as every script does
     result = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
     result.update(common.environment(torch.device("cpu")))
     for part in (threads, steps, sums, exact, index_adds, grid, shards):

@@ -251,8 +251,8 @@ __attribute__((target("avx2"))) inline void draw_avx2(Key key, uint64_t output, 
       for (__m256i* d : c) {
         const __m256i p0 = _mm256_mul_epu32(d[0], _mm256_set1_epi64x(0xD2511F53u));
         const __m256i p1 = _mm256_mul_epu32(d[2], _mm256_set1_epi64x(0xCD9E8D57u));
-        d[0] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), d[1]), k0), d[1] = p1;
-        d[2] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), d[3]), k1), d[3] = p0;
+        d[0] = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(d[1], k0)), d[1] = p1;
+        d[2] = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(d[3], k1)), d[3] = p0;
       }
       k0 = _mm256_add_epi64(k0, _mm256_set1_epi64x(0x9E3779B9u));
       k1 = _mm256_add_epi64(k1, _mm256_set1_epi64x(0xBB67AE85u));
@@ -267,24 +267,39 @@ __attribute__((target("avx2"))) inline void draw_avx2(Key key, uint64_t output, 
 }
 #endif
 
-// Element `last` of kSide outputs changes places with element other[w] <= last.
+// The swaps of one Philox block: of kSide outputs, elements last, last - 1, ... each change places with element
+// other[0][w] <= last, other[1][w] <= last - 1, ...
 template <class Acc>
-INLINE void swap_side(Acc* v, int last, int64_t stride, const uint32_t* other) {
-  Acc* top = v + last * stride;
-  if (last >= 16) {
-    for (int w = 0; w < kSide; ++w) std::swap(top[w], v[other[w] * stride + w]);
-    return;
-  }
-  Acc taken[kSide] = {};   // few elements: look at all of them, without branches or addresses
-  for (int i = 0; i < last; ++i, v += stride)
-#pragma GCC ivdep
-    for (int w = 0; w < kSide; ++w) {
-      const Acc here = v[w];
-      const bool hit = other[w] == uint32_t(i);
-      v[w] = hit ? top[w] : here;
-      taken[w] = hit ? here : taken[w];
+INLINE void swap_side(Acc* v, int last, int64_t stride, const uint32_t (*other)[kSide]) {
+  for (const int end = last < 4 ? 0 : last - 4; last > end; --last, ++other)
+    for (int w = 0; w < kSide; ++w) std::swap(v[last * stride + w], v[(*other)[w] * stride + w]);
+}
+
+// The same where few elements are left: in registers, looking at all of them, without branches or addresses.
+template <int last, class Acc>
+INLINE void swap_in_registers(Acc* from, int64_t stride, const uint32_t (*other)[kSide]) {
+  constexpr int kWide = 32 / sizeof(Acc);   // of one AVX2 register
+  typedef Acc Values __attribute__((vector_size(kWide * sizeof(Acc)), aligned(sizeof(Acc))));
+  typedef uint32_t Draws __attribute__((vector_size(kWide * 4), aligned(4)));
+  typedef std::conditional_t<sizeof(Acc) == 4, int32_t, int64_t> Mask __attribute__((vector_size(kWide * sizeof(Acc))));
+  for (int w = 0; w < kSide; w += kWide) {
+    Values v[last + 1];
+    for (int i = 0; i <= last; ++i) v[i] = *reinterpret_cast<const Values*>(from + i * stride + w);
+#pragma GCC unroll 4
+    for (int n = 0; n < (last < 4 ? last : 4); ++n) {
+      const Mask place = __builtin_convertvector(*reinterpret_cast<const Draws*>(other[n] + w), Mask);
+      const Values top = v[last - n];
+      Values taken = top;
+#pragma GCC unroll 8
+      for (int i = 0; i < last - n; ++i) {
+        const Mask hit = place == i;
+        taken = hit ? v[i] : taken;
+        v[i] = hit ? top : v[i];
+      }
+      v[last - n] = taken;
     }
-  for (int w = 0; w < kSide; ++w) top[w] = other[w] == uint32_t(last) ? top[w] : taken[w];
+    for (int i = 0; i <= last; ++i) *reinterpret_cast<Values*>(from + i * stride + w) = v[i];
+  }
 }
 
 template <class T>
@@ -414,9 +429,18 @@ struct Sum {
     if (r.order == Order::shuffled && r.per_output)
       for (int w = 0; w < p.width; w += kSide) {
         uint32_t other[4][kSide];
-        for (int last = int(r.groups) - 1, i = 0; last > 0; --last, ++i) {
-          if (i % 4 == 0) draw(key, r.first + uint64_t(p.output + w), i / 4, last, other);
-          swap_side(partial + w, last, pitch, other[i % 4]);
+        for (int last = int(r.groups) - 1, block = 0; last > 0; last -= 4, ++block) {
+          draw(key, r.first + uint64_t(p.output + w), block, last, other);
+          switch (last) {
+            case 1: swap_in_registers<1>(partial + w, pitch, other); break;
+            case 2: swap_in_registers<2>(partial + w, pitch, other); break;
+            case 3: swap_in_registers<3>(partial + w, pitch, other); break;
+            case 4: swap_in_registers<4>(partial + w, pitch, other); break;
+            case 5: swap_in_registers<5>(partial + w, pitch, other); break;
+            case 6: swap_in_registers<6>(partial + w, pitch, other); break;
+            case 7: swap_in_registers<7>(partial + w, pitch, other); break;
+            default: swap_side(partial + w, last, pitch, other);
+          }
         }
       }
     for (int from = 0, to; from < p.width; from = to) {

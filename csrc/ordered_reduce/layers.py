@@ -41,6 +41,14 @@ def _whole(t, dim):
     return F.pad(t, [0, 0] * (t.ndim - 1 - dim) + [0, missing]) if missing else t
 
 
+def _patches(x, kernel, stride, padding, dilation):
+    """(batch, height, width, kernel height x kernel width x channels): what a pixel of a convolution's output sees."""
+    x = F.pad(x.permute(0, 2, 3, 1), [0, 0, padding[1], padding[1], padding[0], padding[0]])
+    for side in (0, 1):
+        x = x.unfold(1 + side, dilation[side] * (kernel[side] - 1) + 1, stride[side])[..., ::dilation[side]]
+    return x.permute(0, 1, 2, 4, 5, 3).flatten(3)
+
+
 def _conv2d_weight_partials(grad, x, weight, stride, padding, dilation, groups, splits):
     """(G, *weight.shape): the weight gradients of G consecutive groups of samples."""
 
@@ -51,11 +59,16 @@ def _conv2d_weight_partials(grad, x, weight, stride, padding, dilation, groups, 
     if weight.shape[2:] == (1, 1) and padding == [0, 0] and groups == 1:   # a matrix product: every pixel is a row
         x = x[:, :, ::stride[0], ::stride[1]]
         return _linear_weight_partials(grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), splits)[..., None, None]
-    shape = weight.shape
+    shape, batch = weight.shape, x.shape[0]
+    G = max(1, min(splits, batch))
+    if groups == 1 and not x.is_cuda and (grad.shape[2:].numel() <= 16 or x.shape[1] < 16):
+        # Of few pixels or channels: a product with their patches is faster than the library's convolutions.
+        partials = _linear_weight_partials(grad.permute(0, 2, 3, 1), _patches(x, shape[2:], stride, padding, dilation),
+                                           splits)
+        return partials.reshape(G, shape[0], *shape[2:], shape[1]).permute(0, 1, 4, 2, 3).contiguous()
     if groups == 1:
         grad, x = _whole(grad, 1), _whole(x, 1)
         weight = weight.new_empty(grad.shape[1], x.shape[1], *shape[2:])   # its values are not used
-    batch, G = x.shape[0], max(1, min(splits, x.shape[0]))
     # A library call on a CPU costs a fifth of a millisecond whatever its size. Small partial gradients are therefore
     # taken in one call, as a convolution whose channel groups are the groups of samples. (Thin ones only where they are
     # tiny: oneDNN cuts a thin one up by the number of threads, and the bits would depend on it.)
