@@ -48,7 +48,7 @@ SMALL = dict(epochs=1, batch_size=64, lr=0.1, weight_decay=5e-4, widen=1, schedu
              augment=False)
 PAPER = dict(epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, widen=10, schedule="step", warmup=0.0, mixup=1.0,
              augment=True)
-DEFAULTS = {"digits": {**SMALL, "epochs": 24, "lr": 0.3}, "mnist": {**SMALL, "lr": 0.2}, "fashion-mnist": SMALL,
+DEFAULTS = {"digits": {**SMALL, "epochs": 24, "lr": 0.3}, "mnist": SMALL, "fashion-mnist": {**SMALL, "lr": 0.05},
             "cifar10": PAPER, "cifar100": PAPER, "imagefolder": {**SMALL, "augment": True}}
 
 
@@ -408,7 +408,8 @@ class Symmetry:
 
     @torch.no_grad()
     def watch(self, step):
-        """Notes the layers whose filters have come apart after `step` steps; costs nothing once all have."""
+        """Notes the layers whose filters have come apart after `step` steps, where no row is measured; costs nothing
+        once all have."""
         whole = [name for name, first in self.first_broken.items() if first < 0]
         if whole:
             apart = [(weight != weight[:1]).any() for weight in map(self.weights.get, whole)]
@@ -418,10 +419,13 @@ class Symmetry:
 
     def settle(self):
         for step, names, apart in self.unsettled:
-            for name, broken in zip(names, apart.tolist(), strict=True):
-                if broken and self.first_broken[name] < 0:
-                    self.first_broken[name] = step
+            self.note(step, (name for name, broken in zip(names, apart.tolist(), strict=True) if broken))
         self.unsettled.clear()
+
+    def note(self, step, names):
+        for name in names:
+            if not 0 <= self.first_broken[name] <= step:
+                self.first_broken[name] = step
 
     @torch.no_grad()
     def measure(self, row):
@@ -447,10 +451,12 @@ class Symmetry:
             for measure, values in measures.items():
                 for (row, _), value in zip(self.kept, values.tolist(), strict=True):
                     row[f"{measure}/{name}"] = None if value != value else value
+        for row, _ in self.kept:
+            self.note(row["step"], (name for name in self.weights if row[f"distinct_filters/{name}"] > 1))
         self.kept.clear()
 
-    def summary(self):
-        self.measure(last := {})
+    def summary(self, step):
+        self.measure(last := {"step": step})
         self.flush()
         broken = {step: name for name, step in reversed(self.first_broken.items()) if step >= 0}
         first = min(broken, default=None)
@@ -465,7 +471,7 @@ def mean_correlation(slices):
     slices z centred and of norm one, |sum z|^2 = n + the sum over ordered pairs. NaN where a slice is constant."""
     n = slices.shape[1]
     z = slices - slices.mean(2, keepdim=True)
-    total = (z / z.norm(dim=2, keepdim=True)).sum(1).square().sum(1)
+    total = ((1 / z.norm(dim=2))[:, None] @ z).square().sum((1, 2))
     return (total - n) / (n * (n - 1)) if n > 1 else torch.full_like(total, math.nan)
 
 
@@ -642,7 +648,6 @@ def train(args, name, seed, data, out):
         step, seconds, rows, losses = state["step"], state["seconds"], state["rows"], state["losses"]
         symmetry.first_broken = state["first_broken"]
     else:
-        symmetry.watch(step)
         rows.append({"arm": name, "seed": seed, "step": step, "epoch": step / steps_per_epoch,
                      **evaluate(model, test_images, test_labels, normalise, autocast),
                      "nonzero": share_not_zero(weights)})
@@ -721,7 +726,6 @@ def train(args, name, seed, data, out):
         losses.append(loss)
         progress.update()
 
-        symmetry.watch(step)
         last_of_epoch = step % steps_per_epoch == 0
         if step <= STEPS_WATCHED or last_of_epoch:
             row = {"arm": name, "seed": seed, "step": step, "epoch": step / steps_per_epoch,
@@ -737,6 +741,8 @@ def train(args, name, seed, data, out):
                 progress.set_postfix(test=f"{row['test_accuracy']:.1f} %", refresh=False)
                 diverged = not math.isfinite(row["epoch_train_loss"])
             rows.append(row)
+        else:
+            symmetry.watch(step)
         if (last_of_epoch or time.perf_counter() - saved > SAVE_SECONDS) and rank == 0:
             save()
             saved = time.perf_counter()
@@ -752,9 +758,8 @@ def train(args, name, seed, data, out):
                "dropout": args.dropout, "init": args.layer_init if args.arch == "leakynet" else args.init, "seed": seed,
                "dataset": args.dataset, "epochs": args.epochs, "steps": step, "test_accuracy": tested["test_accuracy"],
                "train_loss": tested.get("epoch_train_loss"), "diverged": diverged, "nonzero": tested["nonzero"],
-               "active": tested["active"],
-               "symmetry": symmetry.summary(), "weights_sha256": bits.hexdigest(), "wall_seconds": round(seconds, 2),
-               "images_per_second": round(step * batch / seconds, 1)}
+               "active": tested["active"], "symmetry": symmetry.summary(step), "weights_sha256": bits.hexdigest(),
+               "wall_seconds": round(seconds, 2), "images_per_second": round(step * batch / seconds, 1)}
     return {"summary": summary, "rows": rows}
 
 

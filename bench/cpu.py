@@ -121,12 +121,11 @@ def steps():
             print(rows[-1], flush=True)
 
         symmetry = constnet.Symmetry(model)
-        symmetry.watch(0)
 
         def watched(n=32):
             for _ in range(n):
                 step("shuffled")
-                symmetry.measure({})
+                symmetry.measure({"step": 0})
             symmetry.flush()
 
         def unwatched(n=32):

@@ -628,16 +628,15 @@ struct IndexAdd {
   void add_row(int64_t v) const {
     const int64_t first = s.start[v], n = s.start[v + 1] - first;
     T* to = out + v * r.inner;
-    const Groups groups(n, std::min(n, r.groups));
-    if (r.inner == 1 && r.order == Order::fixed && groups.longest() <= 2) {   // groups of two, then of one
-      const T* x = source + first;
+    if (r.inner == 1 && r.order == Order::fixed && n <= 2 * r.groups) {   // groups of two, then of one
+      const T *x = source + first, *const end = x + n;
       Acc sum = kNothing<Acc>;
-      for (int64_t g = 0; g < std::min(n, r.groups); ++g)
-        if (groups[g].size == 2) sum += tree(Acc(x[0]), Acc(x[1])), x += 2;
-        else sum += Acc(*x++);
+      for (int64_t twos = n - r.groups; twos > 0; --twos, x += 2) sum += tree(Acc(x[0]), Acc(x[1]));
+      while (x < end) sum += Acc(*x++);
       *to = T(Acc(input[v]) + Acc(T(sum)));
       return;
     }
+    const Groups groups(n, std::min(n, r.groups));
     if (n == 1 || (r.order == Order::fixed && groups.longest() <= kRows)) {   // small: what Sum does, at less expense
       prefetch(first, n);
       const Leaves leaves(next_power_of_two(groups.longest()));
@@ -718,11 +717,13 @@ struct IndexAdd {
   }
 
   void run() {
-    std::vector<T> sorted;
+    std::unique_ptr<T[]> sorted;
     if (r.inner == 1) {   // terms that lie side by side are added faster
-      sorted.resize(r.terms);
-      for (int64_t k = 0; k < r.terms; ++k) sorted[k] = source[s.position[k]];
-      source = sorted.data();
+      sorted.reset(new T[r.terms]);
+      torch::stable::parallel_for(0, r.terms, kGrain, [&](int64_t first, int64_t last) {
+        for (int64_t k = first; k < last; ++k) sorted[k] = source[s.position[k]];
+      });
+      source = sorted.get();
     }
     if (r.order == Order::atomic) return race();
     // Rows with very many terms one after the other, each by all threads; the others shared out evenly among them.

@@ -60,7 +60,7 @@ def test_parts_of_table_1(init):
     shortcuts = [block.shortcut.weight for block in blocks if block.shortcut is not None]
     assert all((block.conv.weight == 0).all() == ("a" in init) for block in blocks)
     assert (model.head.weight == 0).all() == ("b" in init)
-    assert (constnet.Symmetry(model).summary()["distinct_filters"]["stem"] == 1) == ("c" in init)
+    assert (constnet.Symmetry(model).summary(0)["distinct_filters"]["stem"] == 1) == ("c" in init)
     assert ((model.stem.weight[:, :, 1, 1] == 1 / 3).all() and (model.stem.weight != 0).sum() == 16 * 3) == ("c" in init)
     assert all((weight == 1 / weight.shape[1]).all() == ("d" in init) for weight in shortcuts)
     for name, module in model.named_modules():            # the rest is He-normal
@@ -84,8 +84,7 @@ def test_symmetry_measures():
         weight.copy_(weight[:4].repeat(4, 1, 1, 1))
         model.stem.weight.copy_(model.stem.weight[:1].expand_as(model.stem.weight))
     symmetry = constnet.Symmetry(model)
-    symmetry.watch(0)
-    rows = [{}, {}]
+    rows = [{"step": 0}, {"step": 7}]
     symmetry.measure(rows[0])
     with torch.no_grad():
         model.stem.weight[3, 0, 0, 0] += 1
@@ -93,6 +92,7 @@ def test_symmetry_measures():
     symmetry.watch(6)
     symmetry.measure(rows[1])
     symmetry.flush()
+    assert symmetry.summary(8)["first_broken_parameter"] == "stages.0.0.conv.weight"
     name = "stages.0.0.conv"
     assert [row["distinct_filters/stem"] for row in rows] == [1, 2]
     assert rows[0]["spread/stem"] == 0 and rows[1]["spread/stem"] > 0
@@ -258,6 +258,19 @@ def test_divergence_keeps_the_metrics(tmp_path, run):
 
 def parsed(*arguments):
     return constnet.parse_arguments(list(map(str, arguments)))
+
+
+def test_a_dead_network_is_named(tmp_path, monkeypatch, capsys):
+    """A stem of zeros: the last ReLU is 0 for every image, and nothing but the head's bias learns."""
+    monkeypatch.setattr(constnet, "centre_tap_", lambda weight, factor=1.0: weight.zero_())
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on: None)   # it would stay on
+    for out, start, active in (("dead", "abcd", 0), ("alive", "none", 100)):
+        arguments = (*QUICK, "--device", "cpu", "--init", start, "--order", "fixed", "--out", tmp_path / out)
+        assert constnet.main(list(map(str, arguments))) == 0
+        arm, = results(tmp_path / out)
+        said = capsys.readouterr().err
+        assert ("dead: the last ReLU is 0 everywhere" in said and "fixed, seed 0" in said) == (active == 0)
+        assert arm["active"] == 0 if active == 0 else arm["active"] > 20
 
 
 def test_fixup_block_is_its_formula():

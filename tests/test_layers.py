@@ -105,6 +105,22 @@ def test_equal_channels_stay_equal_unless_every_weight_has_its_own_order(device,
     assert not symmetric(order="shuffled")
 
 
+@pytest.mark.parametrize("size", [2, 4, 7])
+@pytest.mark.parametrize("channels", [(1, 16), (3, 13), (13, 50), (16, 16), (27, 32), (64, 64)], ids=str)
+def test_equal_channels_stay_equal_at_any_number_and_with_any_threads(device, channels, size):
+    torch.manual_seed(0)
+    x, seed = (torch.randn(64, 1, size, size, device=device).expand(-1, n, -1, -1).contiguous() for n in channels)
+    weight, found, threads = torch.full((*channels[::-1], 3, 3), 0.1, device=device), [], torch.get_num_threads()
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            leaf = weight.clone().requires_grad_()
+            found += torch.autograd.grad(ordered_reduce.conv2d(x, leaf, padding=1), leaf, seed)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found) and torch.equal(found[0], found[0][:1, :1].expand_as(found[0]))
+
+
 def test_arms_share_their_partial_sums(device):
     """With integers, whose sums are exact in any order, all orders agree: nothing but the order differs."""
     torch.manual_seed(0)
