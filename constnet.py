@@ -858,9 +858,9 @@ def write_table_1(summary, directory):
                          (f" ± {mean - low:.1f}" if low is not None else "") + " | " +
                          ", ".join("never" if step < 0 else str(step) for step in steps) +
                          f" | {min(least)}{f' to {max(least)}' if max(least) > min(least) else ''} |")
-    lines += ["", f"{len({arm['seed'] for arm in summary})} seeds, {summary[0]['epochs']} epochs; mean and 95 % "
-              "interval over the seeds. The paper does not say how the additions of rows 1 to 7 were ordered; here they"
-              " are fixed."]
+    seeds = len({arm["seed"] for arm in summary})
+    lines += ["", f"{seeds} seed{'s' * (seeds > 1)}, {summary[0]['epochs']} epochs; mean and 95 % interval over the "
+              "seeds. The paper does not say how the additions of rows 1 to 7 were ordered; here they are fixed."]
     common.save_atomically(directory / "table1.md", lambda path: path.write_text("\n".join(lines) + "\n"))
     print("\n" + "\n".join(lines))
 

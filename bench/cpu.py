@@ -1,8 +1,9 @@
 """Speed on the CPU, as ratios measured in one run: `sum` against torch.sum, exact against fixed order, index_add
-and a Constnet step against PyTorch's own, the grid of mlp_replicated.py against one network after the other, --shards
-against plain data parallel; and which kernels' bits depend on the number of threads.
+and a Constnet step against PyTorch's own, a step with freed memory kept against one that gives it back, the grid of
+mlp_replicated.py against one network after the other, --shards against plain data parallel; and which kernels' bits
+depend on the number of threads.
 
-    python bench/cpu.py [--out results/bench/cpu.json]      # about 8 minutes on two cores, 1.1 GB
+    python bench/cpu.py [--out results/bench/cpu.json]      # about 10 minutes on two cores, 1.1 GB
 
 The two sides of a ratio alternate, and the ratio is the median of the pairs' ratios, so that a machine that slows down
 for a while slows both. Reach: sum at least 0.9 of torch.sum's throughput, exact at least 0.5 of fixed's, index_add
@@ -95,27 +96,33 @@ def index_adds():
     return rows
 
 
+def training_step(dataset, size):
+    """(step(order), the model) of Constnet with the data set's defaults, on random images of this size."""
+    args = constnet.parse_arguments(["--dataset", dataset])
+    torch.manual_seed(0)
+    x, y = torch.randn(args.batch_size, 1, size, size), torch.randint(0, 10, (args.batch_size,))
+    model = constnet.Constnet(1, 10, args.blocks, args.widen)
+    constnet.initialise(model, "")
+    policy = ordered_reduce.convert(model, splits=args.splits)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+    def step(order):
+        policy.now = order
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step, model
+
+
 def steps():
     rows = []
     for dataset, size in (("digits", 8), ("fashion-mnist", 28)):
-        args = constnet.parse_arguments(["--dataset", dataset])
-        torch.manual_seed(0)
-        x, y = torch.randn(args.batch_size, 1, size, size), torch.randint(0, 10, (args.batch_size,))
-        model = constnet.Constnet(1, 10, args.blocks, args.widen)
-        constnet.initialise(model, "")
-        policy = ordered_reduce.convert(model, splits=args.splits)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-
-        def step(order):
-            policy.now = order
-            loss = F.cross_entropy(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
+        step, model = training_step(dataset, size)
         for order in ("fixed", "shuffled", "atomic"):
             ratio, ours, theirs = compare(lambda: step(order), lambda: step("native"), seconds=12)
-            rows.append({"what": f"step {order}, {dataset} size, G = {args.splits}",
+            rows.append({"what": f"step {order}, {dataset} size, G = 8",
                          "times_native": round(1 / ratio, 3),
                          "milliseconds": round(ours * 1e3, 2), "native_milliseconds": round(theirs * 1e3, 2)})
             print(rows[-1], flush=True)
@@ -134,6 +141,39 @@ def steps():
 
         ratio, ours, theirs = compare(watched, unwatched, seconds=15)
         rows.append({"what": f"symmetry measures, {dataset} size", "share_of_a_step": round(1 / ratio - 1, 4)})
+        print(rows[-1], flush=True)
+    return rows
+
+
+STEPS = """
+import resource, statistics, sys, time
+sys.path.insert(0, sys.argv[1])
+import common, cpu
+if sys.argv[2] == "kept":
+    common.keep_memory()
+step, _ = cpu.training_step("digits", 8)
+ends, faults = [], []
+for _ in range(60):
+    step(sys.argv[3])
+    ends.append(time.perf_counter()), faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(statistics.median(b - a for a, b in zip(ends[9:], ends[10:])), (faults[-1] - faults[9]) / 50)
+"""
+
+
+def memory():
+    """What common.keep_memory() saves of a step at the digits' size; processes with and without it alternate."""
+    rows = []
+    for order in ("native", "fixed"):
+        found = {"kept": [], "given back": []}
+        for which in list(found) * 4:
+            done = subprocess.run([sys.executable, "-c", STEPS, pathlib.Path(__file__).parent, which, order],
+                                  capture_output=True, text=True, check=True)
+            found[which].append([float(number) for number in done.stdout.split()])
+        pairs = zip(found["kept"], found["given back"], strict=True)
+        faults = {which: statistics.median(number for _, number in values) for which, values in found.items()}
+        rows.append({"what": f"step {order}, digits size, freed memory kept",
+                     "times_given_back": round(statistics.median(a / b for (a, _), (b, _) in pairs), 3),
+                     "page_faults": faults["kept"], "page_faults_given_back": faults["given back"]})
         print(rows[-1], flush=True)
     return rows
 
@@ -233,13 +273,13 @@ def shards():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default="results/bench/cpu.json")
-    parser.add_argument("--only", choices=("threads", "steps", "sums", "exact", "index_adds", "grid", "shards"),
-                        help="default: all")
+    parts = (threads, steps, memory, sums, exact, index_adds, grid, shards)
+    parser.add_argument("--only", choices=[part.__name__ for part in parts], help="default: all")
     args = parser.parse_args()
     common.keep_memory()   # as every script does
     result = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
     result.update(common.environment(torch.device("cpu")))
-    for part in (threads, steps, sums, exact, index_adds, grid, shards):
+    for part in parts:
         if args.only in (None, part.__name__):
             result[part.__name__] = part()
     args.out.parent.mkdir(parents=True, exist_ok=True)

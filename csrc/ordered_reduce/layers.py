@@ -61,8 +61,9 @@ def _conv2d_weight_partials(grad, x, weight, stride, padding, dilation, groups, 
         return _linear_weight_partials(grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), splits)[..., None, None]
     shape, batch = weight.shape, x.shape[0]
     G = max(1, min(splits, batch))
-    if groups == 1 and not x.is_cuda and (grad.shape[2:].numel() <= 16 or x.shape[1] < 16):
-        # Of few pixels or channels: a product with their patches is faster than the library's convolutions.
+    few = grad.shape[2:].numel() <= 16 or x.shape[1] < 16   # pixels, channels
+    if groups == 1 and few and grad[:, :1].numel() * weight[0].numel() < 1 << 24 and not x.is_cuda:
+        # A product with the patches, which fit into 64 MB, is faster than the library's convolutions.
         partials = _linear_weight_partials(grad.permute(0, 2, 3, 1), _patches(x, shape[2:], stride, padding, dilation),
                                            splits)
         return partials.reshape(G, shape[0], *shape[2:], shape[1]).permute(0, 1, 4, 2, 3).contiguous()
