@@ -3,7 +3,6 @@
 import argparse
 import concurrent.futures
 import csv
-import ctypes
 import hashlib
 import importlib.util
 import json
@@ -238,19 +237,9 @@ def run_directory(out, default, resume):
     return path
 
 
-def keep_memory():
-    """Freed memory stays with this process, where the C library is glibc. Otherwise every training step on a CPU gives
-    megabytes back and asks for them again page by page, which takes up to a third of its time."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)       # M_MMAP_THRESHOLD
-
-
 def start_run(args, default, may_differ=()):
     """The directory of this run, with its config.json. A resumed run has the arguments it was made with, but for
     may_differ and what decides no number; otherwise: one line and exit 2. torchrun's processes get one directory."""
-    keep_memory()
     if PROCESSES > 1:
         torch.distributed.init_process_group("gloo")
     made = [_start_run(args, default, may_differ) if RANK == 0 else None]

@@ -1,9 +1,8 @@
 """Speed on the CPU, as ratios measured in one run: `sum` against torch.sum, exact against fixed order, index_add
-and a Constnet step against PyTorch's own, a step with freed memory kept against one that gives it back, the grid of
-mlp_replicated.py against one network after the other, --shards against plain data parallel; and which kernels' bits
-depend on the number of threads.
+and a Constnet step against PyTorch's own, the grid of mlp_replicated.py against one network after the other, --shards
+against plain data parallel; and which kernels' bits depend on the number of threads.
 
-    python bench/cpu.py [--out results/bench/cpu.json]      # about 10 minutes on two cores, 1.1 GB
+    python bench/cpu.py [--out results/bench/cpu.json]      # about 8 minutes on two cores, 1.1 GB
 
 The two sides of a ratio alternate, and the ratio is the median of the pairs' ratios, so that a machine that slows down
 for a while slows both. Reach: sum at least 0.9 of torch.sum's throughput, exact at least 0.5 of fixed's, index_add
@@ -145,39 +144,6 @@ def steps():
     return rows
 
 
-STEPS = """
-import resource, statistics, sys, time
-sys.path.insert(0, sys.argv[1])
-import common, cpu
-if sys.argv[2] == "kept":
-    common.keep_memory()
-step, _ = cpu.training_step("digits", 8)
-ends, faults = [], []
-for _ in range(60):
-    step(sys.argv[3])
-    ends.append(time.perf_counter()), faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(statistics.median(b - a for a, b in zip(ends[9:], ends[10:])), (faults[-1] - faults[9]) / 50)
-"""
-
-
-def memory():
-    """What common.keep_memory() saves of a step at the digits' size; processes with and without it alternate."""
-    rows = []
-    for order in ("native", "fixed"):
-        found = {"kept": [], "given back": []}
-        for which in list(found) * 4:
-            done = subprocess.run([sys.executable, "-c", STEPS, pathlib.Path(__file__).parent, which, order],
-                                  capture_output=True, text=True, check=True)
-            found[which].append([float(number) for number in done.stdout.split()])
-        pairs = zip(found["kept"], found["given back"], strict=True)
-        faults = {which: statistics.median(number for _, number in values) for which, values in found.items()}
-        rows.append({"what": f"step {order}, digits size, freed memory kept",
-                     "times_given_back": round(statistics.median(a / b for (a, _), (b, _) in pairs), 3),
-                     "page_faults": faults["kept"], "page_faults_given_back": faults["given back"]})
-        print(rows[-1], flush=True)
-    return rows
-
-
 def threads():
     """Which parts of a Constnet step give other bits with one thread than with all: what --resume on another machine,
     or OMP_NUM_THREADS, can change."""
@@ -273,10 +239,9 @@ def shards():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default="results/bench/cpu.json")
-    parts = (threads, steps, memory, sums, exact, index_adds, grid, shards)
+    parts = (threads, steps, sums, exact, index_adds, grid, shards)
     parser.add_argument("--only", choices=[part.__name__ for part in parts], help="default: all")
     args = parser.parse_args()
-    common.keep_memory()   # as every script does
     result = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
     result.update(common.environment(torch.device("cpu")))
     for part in parts:

@@ -132,16 +132,17 @@ struct Lanes {
 //
 // A double rounds by at most u = 2^-53 of the result. Of a block's rows and the lanes no term takes part in more than
 // `depth` additions, which are off by u depth n most in all; for doubles those errors are added up, with errors of
-// their own of u^2 depth^2 n most. Adding the blocks' and pieces' sums, at most `blocks` of them, is off by
-// u^2 blocks^2 n most (Ogita, Rump, Oishi, "Accurate Sum and Dot Product", SIAM J. Sci. Comput. 26 (2005), Section 4).
-// The bound is twice all that, which covers the roundings down here.
+// their own of u^2 depth^2 n most. Adding a lane's blocks, then the lanes and the pieces (of kSplit terms at least), at
+// most `blocks` additions one after the other, is off by u^2 blocks^2 n most (Ogita, Rump, Oishi, "Accurate Sum and Dot
+// Product", SIAM J. Sci. Comput. 26 (2005), Section 4). The bound is twice all that, which covers the roundings down
+// here.
 template <class T>
 struct Rounding {
   using A = typename AccType<T>::type;
   double share;   // of the largest term, that the sum may be off by
 
-  INLINE explicit Rounding(int64_t n) {
-    const double depth = kRowsOfBlock + 32, blocks = double(n) / kRowsOfBlock + 128;
+  INLINE Rounding(int64_t n, int64_t lanes) {   // that share the terms of an output
+    const double depth = kRowsOfBlock + 32, blocks = double(n) / double(kRowsOfBlock * lanes) + double(n) / kSplit + 128;
     share = double(n) * (depth * (std::is_same_v<A, float> ? 0x1p-52 : depth * 0x1p-105) + blocks * blocks * 0x1p-105);
   }
 
@@ -251,7 +252,7 @@ struct ExactSum {
   const int lanes = vectors * Lanes<A>::kEach;
   const int64_t tiles = (r.inner + width - 1) / width;   // in one row of `inner` outputs
   const int64_t per_row = across ? 1 : lanes;            // terms of an output in a row of lanes
-  const Rounding<T> settled{r.terms};
+  const Rounding<T> settled{r.terms, per_row};
   std::mutex mutex = {};
   struct Strip {
     int64_t output;   // the first of up to kWidth neighbours
