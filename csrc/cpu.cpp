@@ -20,7 +20,6 @@
 namespace ordered {
 namespace {
 
-constexpr int kBlocks = 8;                          // blocks whose lane sums are added in one go
 constexpr int64_t kChunk = 64 * kBlock;             // an aligned, complete subtree: one thread's share of a long group
 constexpr int64_t kGrain = 1 << 15;                 // terms below which a second thread does not pay
 constexpr int kWidest = 512;                        // adjacent outputs that are summed together, at most
@@ -96,26 +95,26 @@ INLINE void contiguous_rows(const T* x, int64_t n, Acc* lanes) {
   add_rows<ROWS>(row, kLanes, lanes);
 }
 
-template <class T, class Acc>
-INLINE void contiguous_block(const T* x, int64_t n, Acc* lanes) {
-  if (n <= 1 * kLanes) contiguous_rows<1>(x, n, lanes);
-  else if (n <= 2 * kLanes) contiguous_rows<2>(x, n, lanes);
-  else if (n <= 4 * kLanes) contiguous_rows<4>(x, n, lanes);
-  else contiguous_rows<8>(x, n, lanes);
-}
-
-// The 32 lane sums of at most kBlocks blocks.
-template <class T, class Acc>
+// The same of at most kBlock * 8^LEVEL terms, each level eight parts of the one below.
+template <int LEVEL, class T, class Acc>
 INLINE void contiguous_blocks(const T* x, int64_t n, Acc* lanes) {
-  if (n <= kBlock) return contiguous_block(x, n, lanes);
-  alignas(64) Acc sums[kBlocks][kLanes];
-  const Acc* row[kBlocks];
-  const int whole = int(n / kBlock), blocks = int((n + kBlock - 1) / kBlock), wanted = next_power_of_two(blocks);
-  for (int b = 0; b < whole; ++b) contiguous_rows<kRows>(x + b * kBlock, kBlock, sums[b]);
-  if (whole < blocks) contiguous_block(x + whole * kBlock, n - whole * kBlock, sums[whole]);
-  for (int b = blocks; b < wanted; ++b) std::fill(sums[b], sums[b] + kLanes, kNothing<Acc>);
-  for (int b = 0; b < kBlocks; ++b) row[b] = sums[b];
-  add_rows(wanted, row, kLanes, lanes);
+  if constexpr (LEVEL == 0) {
+    if (n > 4 * kLanes) contiguous_rows<8>(x, n, lanes);
+    else if (n > 2 * kLanes) contiguous_rows<4>(x, n, lanes);
+    else if (n > 1 * kLanes) contiguous_rows<2>(x, n, lanes);
+    else contiguous_rows<1>(x, n, lanes);
+  } else {
+    constexpr int64_t kPart = kBlock << 3 * (LEVEL - 1);
+    if (n <= kPart) return contiguous_blocks<LEVEL - 1>(x, n, lanes);
+    alignas(64) Acc sums[kRows][kLanes];
+    const Acc* row[kRows];
+    const int whole = int(n / kPart), parts = int((n + kPart - 1) / kPart), wanted = next_power_of_two(parts);
+    for (int k = 0; k < whole; ++k) contiguous_blocks<LEVEL - 1>(x + k * kPart, kPart, sums[k]);
+    if (whole < parts) contiguous_blocks<LEVEL - 1>(x + whole * kPart, n - whole * kPart, sums[whole]);
+    for (int k = parts; k < wanted; ++k) std::fill(sums[k], sums[k] + kLanes, kNothing<Acc>);
+    for (int k = 0; k < kRows; ++k) row[k] = sums[k];
+    add_rows(wanted, row, kLanes, lanes);
+  }
 }
 
 // The sum of 32 lanes, by halving, in registers.
@@ -349,17 +348,25 @@ struct Sum {
     return x + output / r.inner * r.outer_stride + output % r.inner * r.inner_stride;
   }
 
-  // The lanes' sums of n terms, an aligned piece of a group, of `width` neighbouring outputs.
-  INLINE Acc* lanes_of_any(const Terms<T>& x, int64_t n, int width, Counter<Acc>& counter) const {
+  // The lanes' sums of n terms, an aligned piece of a group, of one output, or of `width` neighbouring ones.
+  INLINE Acc* contiguous_lanes(const T* x, int64_t n, Counter<Acc>& counter) const {
     counter.reset();
-    const int64_t step = contiguous ? kBlocks * kBlock : kBlock;
-    for (int64_t i = 0; i < n; i += step) {
-      const int64_t some = std::min(step, n - i);
-      if (contiguous) contiguous_blocks(x.x + i, some, counter.next());
-      else strided_block(x.from(i), some, width, leaves, counter.next());
+    for (int64_t i = 0; i < n; i += kChunk) {
+      contiguous_blocks<2>(x + i, std::min(kChunk, n - i), counter.next());
       counter.push();
     }
     return counter.finish();
+  }
+  INLINE Acc* strided_lanes(const Terms<T>& x, int64_t n, int width, Counter<Acc>& counter) const {
+    counter.reset();
+    for (int64_t i = 0; i < n; i += kBlock) {
+      strided_block(x.from(i), std::min<int64_t>(kBlock, n - i), width, leaves, counter.next());
+      counter.push();
+    }
+    return counter.finish();
+  }
+  INLINE Acc* lanes_of_any(const Terms<T>& x, int64_t n, int width, Counter<Acc>& counter) const {
+    return contiguous ? contiguous_lanes(x.x, n, counter) : strided_lanes(x, n, width, counter);
   }
 
   // partial[g * pitch] for the groups of one output, of at most TERMS contiguous terms, a power of two.
@@ -384,42 +391,49 @@ struct Sum {
   // The same for at most ROWS * kLanes contiguous terms: all in registers.
   template <int ROWS>
   INLINE void short_groups(const Place& p, const T* x, Acc* partial) const {
-    for (int64_t g = p.first; g < p.last; ++g) {
+    const Groups groups = this->groups;   // copies, which no store can change
+    const int64_t pitch = this->pitch;
+    const T* first = x + groups[p.first].begin;
+    Acc* to = partial + p.first * pitch;
+    for (int64_t g = p.first; g < p.last; ++g, to += pitch) {
+      const int64_t n = groups[g].size;
       alignas(64) Acc sum[kLanes];
-      contiguous_rows<ROWS>(x + groups[g].begin, groups[g].size, sum);
-      partial[g * pitch] = add_lanes(sum);
+      contiguous_rows<ROWS>(first, n, sum);
+      *to = add_lanes(sum);
+      first += n;
     }
   }
 
-  // partial[g * pitch + output] for the groups of one tile.
-  INLINE void partials_any(const Place& p, Acc* partial, Counter<Acc>& counter) const {
+  // partial[g * pitch + output] for the groups of one tile, where the terms of an output lie side by side.
+  INLINE void contiguous_partials_any(const Place& p, Acc* partial, Counter<Acc>& counter) const {
+    for (int w = 0; w < p.width; ++w) {
+      const T* terms = terms_of(p.output + w);
+      if (groups.longest() == 1) tiny_groups<1>(p, terms, partial + w);
+      else if (groups.longest() == 2) tiny_groups<2>(p, terms, partial + w);
+      else if (groups.longest() <= 4) tiny_groups<4>(p, terms, partial + w);
+      else if (groups.longest() <= 8) tiny_groups<8>(p, terms, partial + w);
+      else if (groups.longest() <= 1 * kLanes) short_groups<1>(p, terms, partial + w);
+      else if (groups.longest() <= 2 * kLanes) short_groups<2>(p, terms, partial + w);
+      else if (groups.longest() <= 4 * kLanes) short_groups<4>(p, terms, partial + w);
+      else if (groups.longest() <= 8 * kLanes) short_groups<8>(p, terms, partial + w);
+      else
+        for (int64_t g = p.first; g < p.last; ++g)
+          partial[g * pitch + w] =
+              add_lanes(contiguous_lanes(terms + groups[g].begin, groups[g].size, counter));
+    }
+  }
+
+  // The same for any other terms.
+  INLINE void strided_partials_any(const Place& p, Acc* partial, Counter<Acc>& counter) const {
     const int width = across ? p.width : 1;
     for (int w = 0; w < p.width; w += width) {
       const T* terms = across ? p.x : terms_of(p.output + w);
-      if (contiguous && groups.longest() <= kBlock) {
-        if (groups.longest() == 1) tiny_groups<1>(p, terms, partial + w);
-        else if (groups.longest() == 2) tiny_groups<2>(p, terms, partial + w);
-        else if (groups.longest() <= 4) tiny_groups<4>(p, terms, partial + w);
-        else if (groups.longest() <= 8) tiny_groups<8>(p, terms, partial + w);
-        else if (groups.longest() <= 1 * kLanes) short_groups<1>(p, terms, partial + w);
-        else if (groups.longest() <= 2 * kLanes) short_groups<2>(p, terms, partial + w);
-        else if (groups.longest() <= 4 * kLanes) short_groups<4>(p, terms, partial + w);
-        else short_groups<8>(p, terms, partial + w);
-        continue;
-      }
       for (int64_t g = p.first; g < p.last; ++g) {
         const Group group = groups[g];
         const Terms<T> first = Terms<T>{terms, r.term_stride, r.rows}.from(group.begin);
         Acc* sums = partial + g * pitch + w;
-        if (contiguous && group.size <= kBlocks * kBlock) {   // in registers
-          alignas(64) Acc sum[kLanes];
-          contiguous_blocks(first.x, group.size, sum);
-          *sums = add_lanes(sum);
-        } else if (lanes == 1) {
-          strided_block(first, group.size, width, leaves, sums);
-        } else {
-          add_lanes(lanes_of_any(first, group.size, width, counter), lanes, width, sums);
-        }
+        if (lanes == 1) strided_block(first, group.size, width, leaves, sums);
+        else add_lanes(strided_lanes(first, group.size, width, counter), lanes, width, sums);
       }
     }
   }
@@ -472,8 +486,13 @@ struct Sum {
   result name declared const { return name##_any given; }
 #endif
   TWICE(Acc*, lanes_of, (const Terms<T>& x, int64_t n, int width, Counter<Acc>& counter), (x, n, width, counter))
-  TWICE(void, partials, (const Place& p, Acc* partial, Counter<Acc>& counter), (p, partial, counter))
+  TWICE(void, contiguous_partials, (const Place& p, Acc* partial, Counter<Acc>& counter), (p, partial, counter))
+  TWICE(void, strided_partials, (const Place& p, Acc* partial, Counter<Acc>& counter), (p, partial, counter))
   TWICE(void, combine, (const Place& p, Acc* partial), (p, partial))
+
+  void partials(const Place& p, Acc* partial, Counter<Acc>& counter) const {
+    contiguous ? contiguous_partials(p, partial, counter) : strided_partials(p, partial, counter);
+  }
 
   // Calls use(place, partials) for every tile, from several threads.
   template <class Use>
@@ -510,17 +529,16 @@ struct Sum {
         std::copy(sum, sum + lanes * p.width, sums.get() + job * piece);
       }
     });
-    Counter<Acc> counter(piece, chunks);
     std::vector<Acc> partial(r.groups * pitch);
     for (int64_t task = 0; task < tasks; ++task) {
       const Place p = place(task);
       for (int64_t g = 0; g < r.groups; ++g) {
-        counter.reset();
-        for (int64_t chunk = 0; chunk * kChunk < groups[g].size; ++chunk) {
-          std::copy_n(sums.get() + ((task * r.groups + g) * chunks + chunk) * piece, lanes * p.width, counter.next());
-          counter.push();
-        }
-        add_lanes(counter.finish(), lanes, p.width, partial.data() + g * pitch);
+        Acc* const sum = sums.get() + (task * r.groups + g) * chunks * piece;
+        const int64_t all = (groups[g].size + kChunk - 1) / kChunk;
+        for (int64_t distance = 1; distance < all; distance *= 2)
+          for (int64_t k = 0; k + distance < all; k += 2 * distance)
+            for (int64_t i = 0; i < lanes * p.width; ++i) sum[k * piece + i] += sum[(k + distance) * piece + i];
+        add_lanes(sum, lanes, p.width, partial.data() + g * pitch);
       }
       use(p, partial.data());
     }

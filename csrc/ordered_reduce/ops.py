@@ -11,6 +11,7 @@ from . import tape
 ORDERS = ("fixed", "shuffled", "atomic", "exact")
 SUM_ORDERS = (*ORDERS, "arrival")
 SCOPES = ("output", "tensor")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MOST_SHUFFLED = 1 << 18   # 16 bits of the Philox counter number its 4-word blocks
 
 _built = [path for path in sorted(pathlib.Path(__file__).parent.glob("_C.*"))
@@ -45,7 +46,7 @@ def check_tensor(function, name, x):
     """Raises where x is no tensor, not of a dtype that can be summed, or on CUDA without the CUDA kernels."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(x).__name__}")
-    if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+    if x.dtype not in DTYPES:
         raise NotImplementedError(f"ordered_reduce.{function} is not implemented for {name} of dtype {x.dtype}: give "
                                   "it a floating-point tensor (float32, float64, float16 or bfloat16)")
     if x.is_cuda and not cuda_built():
