@@ -1,0 +1,131 @@
+"""The CUDA kernels' source, run thread by thread on the CPU, must give the bits of the CPU implementation."""
+
+import pathlib
+import re
+import sys
+
+import pytest
+import torch
+from ordered_reduce import ops
+from torch.utils import cpp_extension
+
+CSRC = pathlib.Path(__file__).parent.parent / "csrc"
+FIXED, SHUFFLED, ATOMIC, EXACT = range(4)
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="cuda_on_cpu.h is written for Linux")
+
+
+def on_cpu(source):
+    """kernel<<<grid, block, 0, stream>>>(arguments); becomes a call of cuda_on_cpu::launch."""
+    source = source.replace("<cuda_runtime.h>", '"cuda_on_cpu.h"')
+    source = source.replace("torch::stable::accelerator::DeviceGuard", "cuda_on_cpu::DeviceGuard")
+    source, launches = re.subn(r"(\w+<[^;{}]*?>)<<<(.+?), 0, stream>>>\((.*?)\);",
+                               r"cuda_on_cpu::launch(\2, [&] { \1(\3); });", source, flags=re.DOTALL)
+    assert launches == source.count("cuda_on_cpu::launch") > 10 and "<<<" not in source
+    return source
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """torch.ops of the library, whose CPU implementation is the source of the CUDA kernels."""
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    (folder / "cuda.cpp").write_text(on_cpu((CSRC / "cuda.cu").read_text()))
+    library = (CSRC / "ops.cpp").read_text().replace("_cpu>", "_cuda>").replace("(ordered_reduce,", "(ordered_emulated,")
+    library = library.replace('#include "ops.h"', '#include "ops.h"\n#include "cuda_on_cpu.h"')
+    library = library.replace('m.def("cuda_built', 'm.def("schedule(int seed) -> ()");\n  m.def("cuda_built')
+    library = library.replace('m.impl("cuda_built', 'm.impl("schedule", TORCH_BOX(&cuda_on_cpu::schedule));\n'
+                              '  m.impl("cuda_built')
+    (folder / "ops.cpp").write_text(library)
+    cpp_extension.load("ordered_emulated", [str(folder / "cuda.cpp"), str(folder / "ops.cpp")], is_python_module=False,
+                       extra_include_paths=[str(CSRC), str(pathlib.Path(__file__).parent)], build_directory=str(folder),
+                       extra_cflags=["-std=c++20", "-O1", "-ffp-contract=off", "-w",
+                                     "-DTORCH_TARGET_VERSION=0x020b000000000000"])
+    yield torch.ops.ordered_emulated
+    torch.ops.ordered_emulated.schedule(0)
+
+
+def same_bits(a, b):
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(integer), b.view(integer))
+
+
+# (shape, dims), chosen to meet every branch: rows and columns, short and long groups, one and several pieces.
+SHAPES = [((1,), [0]), ((31,), [0]), ((5000,), [0]), ((300_000,), [0]), ((7, 1000), [1]), ((1000, 7), [0]),
+          ((40, 300), [1]), ((300, 40), [0]), ((2100, 33), [0]), ((70_000, 9), [0]), ((3, 65, 20), [1]),
+          ((3, 17, 5), [0, 2]), ((4, 6, 8), None), ((165, 30_000), [1])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, dims", SHAPES, ids=str)
+def test_sums_have_the_bits_of_the_cpu(emulated, shape, dims, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64).to(dtype)
+    for seed, (order, per_output, splits) in enumerate([
+            (FIXED, True, 1), (FIXED, True, 8), (FIXED, True, 100), (SHUFFLED, True, 8), (SHUFFLED, False, 8),
+            (SHUFFLED, True, 100), (EXACT, True, 8)]):
+        arguments = (x, dims, False, order, per_output, splits, 5, torch.tensor(3), 2)
+        expected = torch.ops.ordered_reduce.sum_forward(*arguments)
+        emulated.schedule(seed)
+        assert same_bits(emulated.sum_forward(*arguments), expected), (order, per_output, splits)
+
+
+def test_exact_of_what_a_gpu_must_not_get_wrong(emulated):
+    inf, nan, tiny, huge = float("inf"), float("nan"), 5e-324, 1.7e308
+    rows = [[-0.0, -0.0], [-0.0, 0.0], [tiny, -tiny], [tiny, tiny], [huge, huge], [huge, -huge, huge], [inf, 1.0],
+            [inf, -inf], [nan, 1.0], [1.0, 1e-30, -1.0], [1e300, 1.0, -1e300]]
+    x = torch.full((len(rows), 700), -0.0, dtype=torch.float64)
+    for row, terms in zip(x, rows, strict=True):
+        row[torch.randperm(700)[:len(terms)]] = torch.tensor(terms, dtype=torch.float64)
+    for y, dims in ((x, [1]), (x.T.contiguous(), [0]), (x.float(), [1]), (x.half().T.contiguous(), [0])):
+        emulated.schedule(1)
+        arguments = (y, dims, False, EXACT, True, 8, 0, None, 0)
+        assert same_bits(emulated.sum_forward(*arguments), torch.ops.ordered_reduce.sum_forward(*arguments))
+
+
+def test_atomic_adds_in_the_order_of_the_blocks(emulated):
+    x = torch.randn(100, 3000)
+    arguments = (x, [1], False, ATOMIC, True, 8, 0, None, 0)
+    emulated.schedule(0)
+    assert same_bits(emulated.sum_forward(*arguments), torch.ops.ordered_reduce.sum_forward(x, [1], False, FIXED, True, 8,
+                                                                                            0, None, 0))
+    seen = set()
+    for seed in range(1, 9):
+        emulated.schedule(seed)
+        result = emulated.sum_forward(*arguments)
+        assert torch.allclose(result, x.sum(1), atol=1e-3)
+        seen.add(tuple(result.tolist()))
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_arrival_is_replayed_by_the_cpu(emulated, dtype):
+    x, groups = torch.randn(5, 900, 30).to(dtype), 7
+    stretches = -(-150 // ops.tape.STRETCH)
+    recorded = set()
+    for seed in range(3):
+        tickets = torch.full((stretches, groups), -1, dtype=torch.int32)
+        emulated.schedule(seed)
+        arrived = emulated.sum_by_tickets(x, [1], False, groups, True, tickets)
+        assert torch.equal(tickets.sort(1).values, torch.arange(groups, dtype=torch.int32).expand(stretches, -1))
+        for library in (torch.ops.ordered_reduce, emulated):
+            assert same_bits(library.sum_by_tickets(x, [1], False, groups, False, tickets), arrived)
+        recorded.add(tuple(tickets.flatten().tolist()))
+    assert len(recorded) == 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, terms, width", [(1, 1, 1), (50, 400, 1), (50, 400, 33), (3, 5000, 2), (2000, 300, 5)])
+def test_index_add_has_the_bits_of_the_cpu(emulated, rows, terms, width, dtype):
+    torch.manual_seed(0)
+    into, source = torch.randn(rows, width).to(dtype), torch.randn(terms, width).to(dtype)
+    index = torch.randint(rows, (terms,))
+    segments = torch.ops.ordered_reduce.segments(index, rows)
+    for seed, (order, per_output, splits) in enumerate([(FIXED, True, 8), (FIXED, True, 3), (SHUFFLED, True, 8),
+                                                        (SHUFFLED, False, 8), (EXACT, True, 8)]):
+        arguments = (into, index, source, segments, order, per_output, splits, 5, torch.tensor(3), 2)
+        emulated.schedule(seed)
+        assert same_bits(emulated.index_add(*arguments), torch.ops.ordered_reduce.index_add(*arguments)), (order, splits)
+    emulated.schedule(1)
+    raced = emulated.index_add(into, index, source, segments, ATOMIC, True, 8, 5, None, 2)
+    assert torch.allclose(raced.double(), into.double().index_add(0, index, source.double()), rtol=0.1, atol=0.3)
