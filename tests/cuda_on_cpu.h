@@ -146,7 +146,7 @@ T __shfl_xor_sync(unsigned, T value, int distance) {
   return cuda_on_cpu::across_warp(value, [=](const T* all, int lane) { return all[lane ^ distance]; });
 }
 inline int __reduce_max_sync(unsigned, int value) {
-  return cuda_on_cpu::across_warp(value, [](const int* all, int) { return *std::max_element(all, all + 32); });
+  return cuda_on_cpu::across_warp(value, [](const int* all, int) { return *std::max_element(all, all + cuda_on_cpu::kWarp); });
 }
 
 template <class T>

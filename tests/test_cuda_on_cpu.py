@@ -1,4 +1,5 @@
-"""The CUDA kernels' source, run thread by thread on the CPU, must give the bits of the CPU implementation."""
+"""The CUDA kernels' source, run thread by thread on the CPU, gives the bits of the CPU implementation, in whatever order
+the threads run. It is compiled for this (20 seconds) with the C++ compiler that built the extension."""
 
 import pathlib
 import re
@@ -7,11 +8,11 @@ import sys
 import pytest
 import torch
 from ordered_reduce import ops
+from test_sum import DTYPES, same_bits
 from torch.utils import cpp_extension
 
 CSRC = pathlib.Path(__file__).parent.parent / "csrc"
-FIXED, SHUFFLED, ATOMIC, EXACT = range(4)
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+FIXED, SHUFFLED, ATOMIC, EXACT = range(len(ops.ORDERS))   # as the operators number them
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="cuda_on_cpu.h is written for Linux")
 
@@ -43,11 +44,6 @@ def emulated(tmp_path_factory):
                                      "-DTORCH_TARGET_VERSION=0x020b000000000000"])
     yield torch.ops.ordered_emulated
     torch.ops.ordered_emulated.schedule(0)
-
-
-def same_bits(a, b):
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(integer), b.view(integer))
 
 
 # (shape, dims), chosen to meet every branch: rows and columns, short and long groups, one and several pieces.
@@ -101,7 +97,7 @@ def test_atomic_adds_in_the_order_of_the_blocks(emulated):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_arrival_is_replayed_by_the_cpu(emulated, dtype):
     x, groups = torch.randn(5, 900, 30).to(dtype), 7
-    stretches = -(-150 // ops.tape.STRETCH)
+    stretches = ops.tape.stretches(5 * 30)
     recorded = set()
     for seed in range(3):
         tickets = torch.full((stretches, groups), -1, dtype=torch.int32)
