@@ -596,7 +596,7 @@ void index_add(const Reduction& r, const Segments& s, const Tensor& input, const
 // The stream to launch on. A DeviceGuard must be in force.
 cudaStream_t stream_of(const Tensor& x) {
   void* current = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
   return static_cast<cudaStream_t>(current);
 }
 

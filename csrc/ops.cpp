@@ -37,10 +37,19 @@ Tensor empty(const std::vector<int64_t>& sizes, const Tensor& x) {
   for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
   int32_t dtype, device;
   AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                         device, x.get_device_index(), &out));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                  device, x.get_device_index(), &out));
+  return Tensor(out);
+}
+
+// Tensor.permute, which the stable ABI does not have before PyTorch 2.12.
+Tensor permute(const Tensor& x, const std::vector<int64_t>& axes) {
+  std::vector<int64_t> sizes, strides;
+  for (int64_t d : axes) sizes.push_back(x.size(d)), strides.push_back(x.stride(d));
+  AtenTensorHandle out;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_as_strided(x.get(), sizes.data(), strides.data(), &out));
   return Tensor(out);
 }
 
@@ -95,7 +104,7 @@ Tensor reduce(Launch launch, Reduction r, const Tensor& x, const std::optional<s
   Tensor input = x;
   kept = merge(kept), terms = merge(terms);
   if (kept.size() > 2 || terms.size() > 1) {
-    input = torch::stable::contiguous(torch::stable::permute(x, order_of_axes));
+    input = torch::stable::contiguous(permute(x, order_of_axes));
     kept.assign(1, {out.numel(), x.numel() / out.numel()});
     terms.assign(1, {x.numel() / out.numel(), 1});
   }
