@@ -278,10 +278,17 @@ class Constnet(nn.Module):
         self.head = nn.Linear(64 * widen, classes)
 
     def features(self, x):
-        return F.relu(self.stages(self.stem(x))).mean((2, 3))
+        return F.relu(self.stages(channels_last(self.stem(x)))).mean((2, 3))
 
     def forward(self, x):
         return self.head(self.features(x))
+
+
+def channels_last(x):
+    """x, on a GPU with the channels of a pixel side by side, the layout of tensor cores, which all that is computed
+    from it has then too. (It would take a tenth off a step on a CPU, but there PyTorch's batch norm then gives other
+    bits with another number of threads.)"""
+    return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
 
 
 def stages(blocks, widen, block):
@@ -329,7 +336,7 @@ class LeakyNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def features(self, x):
-        return F.leaky_relu(self.stages(self.stem(x)), LEAK).mean((2, 3))
+        return F.leaky_relu(self.stages(channels_last(self.stem(x))), LEAK).mean((2, 3))
 
     def forward(self, x):
         return self.head(self.features(x))

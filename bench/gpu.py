@@ -1,17 +1,21 @@
 """One command for a machine with a CUDA device: builds the extension, runs the CUDA tests and compute-sanitizer over
-the small ones, and measures, all in one run, `sum` against a device-to-device copy, the ordered layers against the
-matrix rate and native's, a Constnet step of every order against native's, and images per second at width 10.
+small cases, and measures, all in one run, `sum` against a device-to-device copy, exact against fixed order, index_add
+against PyTorch's two, the ordered layers against the matrix rate and native's, a Constnet step of every order against
+native's, images per second at width 10; and trains the README's first command.
 
     python bench/gpu.py [--out results/gpu]        # under 8 minutes
+    python bench/gpu.py --only compiled            # the step under torch.compile, some minutes more
 
-Writes gpu.json and gpu.md there; what was skipped stands in both, with the reason. Reach: sum fixed at least 0.9 of the
-bandwidth of a copy at 2^28 float32; a step fixed or shuffled at most 1.10 times native's. Exit status 2: no CUDA
-device.
+Writes gpu.json and gpu.md there after every part, and constnet/ (the training); what was skipped stands in both, with
+the reason. --only runs some parts and keeps the others' numbers. Reach: sum fixed at least 0.9 of the bandwidth of a
+copy at 2^28 float32, exact at least 0.5 of fixed's throughput, index_add fixed at most 2 times PyTorch's atomic one, a
+step fixed or shuffled at most 1.10 times native's. Exit status 2: no CUDA device.
 """
 
 import argparse
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -23,32 +27,38 @@ import time
 import torch
 from torch.nn import functional as F
 
-ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "csrc"))   # what is installed meanwhile
+import common
+
+ROOT = pathlib.Path(common.__file__).parent
 
 
-def shell(*command, seconds):
+def shell(*command, seconds, **environment):
     """(exit status or None where the time ran out, last lines of the output)"""
-    try:
-        done = subprocess.run(command, cwd=ROOT, timeout=seconds, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True)
-        return done.returncode, done.stdout.strip().splitlines()[-12:]
-    except subprocess.TimeoutExpired as stopped:
-        return None, [f"stopped after {stopped.timeout} seconds"]
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            said, status = process.communicate(timeout=seconds)[0], process.returncode
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, status = process.communicate()[0] + f"\nstopped after {seconds} seconds", None
+    return status, said.strip().splitlines()[-24:]
 
 
 def build():
     started = time.perf_counter()
+    target = "{}.{}".format(*torch.cuda.get_device_capability())   # this device alone takes half as long
     status, lines = shell(sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e",
-                          "csrc", seconds=240)
+                          "csrc", seconds=240, **{"TORCH_CUDA_ARCH_LIST": target, **os.environ})
     return {"exit_status": status, "seconds": round(time.perf_counter() - started, 1), "last_lines": lines}
 
 
 def tests():
     if not importlib.util.find_spec("hypothesis"):
         return {"skipped": "hypothesis is not installed"}
-    status, lines = shell(sys.executable, "-m", "pytest", "-q", "-x", "tests/test_sum.py", "tests/test_layers.py", "-k",
-                          "cuda", seconds=200)
+    status, lines = shell(sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=line", "--maxfail=30", "tests",
+                          "-k", "cuda and not cuda_on_cpu", seconds=200)
     return {"exit_status": status, "last_lines": lines}
 
 
@@ -59,10 +69,14 @@ def sanitizer():
     program = ("import torch, ordered_reduce\n"
                "for shape in ((), (1,), (1000,), (37, 501), (3, 4, 65)):\n"
                "    x = torch.randn(shape, device='cuda')\n"
-               "    for order in ('fixed', 'shuffled', 'atomic'):\n"
+               "    for order in ('fixed', 'shuffled', 'atomic', 'exact'):\n"
                "        for dim in (None, *range(x.ndim)):\n"
                "            ordered_reduce.sum(x, dim, order=order, splits=70)\n"
                "            ordered_reduce.sum(x.double(), dim, order=order, splits=3)\n"
+               "x, index = torch.randn(300, 17, device='cuda'), torch.randint(9, (300,), device='cuda')\n"
+               "for order in ('fixed', 'shuffled', 'atomic', 'exact'):\n"
+               "    ordered_reduce.index_add(x[:9], 0, index, x, order=order)\n"
+               "ordered_reduce.sum(x, 0, order='arrival')\n"
                "torch.cuda.synchronize()\n")
     found = {}
     for check in ("memcheck", "racecheck"):
@@ -103,6 +117,42 @@ def sums(device, largest=28):
     return rows
 
 
+def exact(device, largest=26):
+    import ordered_reduce
+
+    rows = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for shape, dim in (((1 << largest,), None), ((1 << largest // 2, 1 << largest // 2), 1),
+                           ((1 << largest // 2, 1 << largest // 2), 0), ((1 << largest - 6, 64), 1)):
+            x = torch.randn(shape, device=device).to(dtype)
+            fixed = median_seconds(lambda: ordered_reduce.sum(x, dim))
+            ours = median_seconds(lambda: ordered_reduce.sum(x, dim, order="exact"))
+            rows.append({"what": f"sum exact, {str(dtype)[6:]}, {' x '.join(map(str, shape))}, dim {dim}",
+                         "gigabytes_per_second": x.nbytes / ours / 1e9, "throughput_of_fixed": fixed / ours})
+    return rows
+
+
+def index_adds(device, scale=1):
+    """Against torch.index_add, which races on a GPU, and its deterministic mode."""
+    import ordered_reduce
+
+    rows = []
+    for n, size, width in ((1 << 20, 100000, 64), (1 << 20, 1 << 20, 64), (1 << 20, 4, 64), (1 << 20, 1, 512),
+                           (1 << 20, 100000, 1), (1 << 20, 4, 1)):
+        n, shape = n // scale, (width,) if width > 1 else ()
+        index = torch.randint(size, (n,), device=device)
+        source, input = torch.randn(n, *shape, device=device), torch.zeros(size, *shape, device=device)
+        atomic = median_seconds(lambda: torch.index_add(input, 0, index, source))
+        torch.use_deterministic_algorithms(True)
+        deterministic = median_seconds(lambda: torch.index_add(input, 0, index, source))
+        torch.use_deterministic_algorithms(False)
+        for order in ("fixed", "shuffled", "atomic", "exact"):
+            ours = median_seconds(lambda: ordered_reduce.index_add(input, 0, index, source, order=order))
+            rows.append({"what": f"index_add {order}, {n} rows of {width} into {size}", "milliseconds": ours * 1e3,
+                         "times_torch_atomic": ours / atomic, "times_torch_deterministic": ours / deterministic})
+    return rows
+
+
 def layers(device, batch=128, size=32, widths=(160, 320, 640)):
     """Forward and backward of the convolutions of Constnet x10, against the rate of a large matrix product."""
     import ordered_reduce
@@ -128,80 +178,132 @@ def layers(device, batch=128, size=32, widths=(160, 320, 640)):
     return rows
 
 
-def steps(device, widths=(1, 10), batch=128, size=32):
-    """A Constnet training step on CIFAR-sized images, and what it makes in images per second."""
+def network(width, precision, device, batch, size):
+    """(policy, a function that makes a training step of a Constnet on CIFAR-sized images, its model)."""
     import ordered_reduce
 
     import constnet
 
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.manual_seed(0)
+    model = constnet.Constnet(3, 10, widen=width).to(device)
+    constnet.initialise(model, "")
+    policy = ordered_reduce.convert(model, "fixed", 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    x = torch.randn(batch, 3, size, size, device=device)
+    y = torch.randint(0, 10, (batch,), device=device)
+
+    def step(forward=model):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            loss = F.cross_entropy(forward(x).float(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        policy.step()
+
+    return policy, step, model
+
+
+def steps(device, widths=(1, 10), batch=128, size=32):
+    """A Constnet training step, and what it makes in images per second."""
     rows = []
     for width in widths:
         for precision in ("fp32", "tf32", "bf16"):
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
-            torch.manual_seed(0)
-            model = constnet.Constnet(3, 10, widen=width).to(device)
-            constnet.initialise(model, "")
-            policy = ordered_reduce.convert(model, "fixed", 8)
-            optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-            x = torch.randn(batch, 3, size, size, device=device)
-            y = torch.randint(0, 10, (batch,), device=device)
-
-            def step(order):
-                policy.now = order
-                with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-                    loss = F.cross_entropy(model(x).float(), y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-
-            native = median_seconds(lambda: step("native"), 2.0)
+            policy, step, _ = network(width, precision, device, batch, size)
+            native = None
             for order in ("native", "fixed", "shuffled", "atomic"):
-                ours = native if order == "native" else median_seconds(lambda: step(order), 2.0)
+                policy.order = policy.now = order
+                ours = median_seconds(step, 2.0)
+                native = native or ours
                 rows.append({"what": f"step {order}, width {width}, batch {batch}, {precision}",
                              "times_native": ours / native, "images_per_second": batch / ours})
     return rows
 
 
+def compiled(device, width=10, batch=128, size=32):
+    """The same in bf16, compiled: constnet.py --compile."""
+    rows, native = [], None
+    for order in ("native", "fixed", "shuffled"):
+        torch.compiler.reset()
+        policy, step, model = network(width, "bf16", device, batch, size)
+        policy.order = policy.now = order
+        forward, started = torch.compile(model), time.perf_counter()
+        step(forward)
+        first = time.perf_counter() - started
+        ours = median_seconds(lambda: step(forward), 2.0)
+        native = native or ours
+        rows.append({"what": f"compiled step {order}, width {width}, batch {batch}, bf16",
+                     "times_native": ours / native, "images_per_second": batch / ours, "seconds_to_compile": first})
+    return rows
+
+
+def training(out, *more):
+    """The first command of the README, and whether fixed and shuffled repeat bit for bit."""
+    def run(folder, *arguments):
+        shutil.rmtree(folder, ignore_errors=True)
+        status, lines = shell(sys.executable, "constnet.py", *more, *arguments, "--out", str(folder), seconds=150)
+        return json.loads((folder / "summary.json").read_text()) if status == 0 else lines
+
+    found = run(out / "constnet", "--order", "native", "fixed", "shuffled", "atomic")
+    again = run(out / "again", "--order", "fixed", "shuffled")
+    shutil.rmtree(out / "again", ignore_errors=True)
+    for weights in (out / "constnet").glob("*.pt"):
+        weights.unlink()
+    if not found or not isinstance(found[0], dict) or not isinstance(again[0], dict):
+        return {"skipped": f"it failed: {[run for run in (found, again) if not run or isinstance(run[0], str)]}"}
+    shas = {arm["order"]: arm["weights_sha256"] for arm in again}
+    return [{"what": f"constnet.py, digits, {arm['order']}", "test_accuracy": arm["test_accuracy"],
+             "distinct_filters": sum(arm["symmetry"]["distinct_filters"].values()),
+             "first_broken_step": arm["symmetry"]["first_broken_step"], "seconds": arm["wall_seconds"],
+             "repeats": shas[arm["order"]] == arm["weights_sha256"] if arm["order"] in shas else ""} for arm in found]
+
+
 def table(result):
     """The rows of all parts as Markdown, what was skipped, and the parts' exit statuses."""
     lines = [f"{result['device']}, torch {result['torch']}, commit {result['git_commit']}", ""]
-    for part in ("build", "tests", "sanitizer"):
-        lines.append(f"* {part}: {json.dumps(result[part])}")
-    for part in ("sums", "layers", "steps"):
-        if isinstance(result[part], dict):
-            lines += ["", f"* {part}: skipped, {result[part]['skipped']}"]
+    lines += [f"* {part}: {json.dumps(found)}" for part, found in result.items() if isinstance(found, dict)]
+    for rows in result.values():
+        if not isinstance(rows, list):
             continue
-        columns = list(dict.fromkeys(key for row in result[part] for key in row))
+        columns = list(dict.fromkeys(key for row in rows for key in row))
         lines += ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-        for row in result[part]:
+        for row in rows:
             cells = [row.get(key, "") for key in columns]
             lines.append("| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells) + " |")
     return re.sub(r"/\S+/", "", "\n".join(lines)) + "\n"   # no paths of the machine
 
 
+PARTS = (build, tests, sanitizer, sums, exact, index_adds, layers, steps, training)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "results" / "gpu")
+    parser.add_argument("--only", nargs="+", choices=[part.__name__ for part in (*PARTS, compiled)],
+                        help="default: all but compiled")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench/gpu.py: error: there is no CUDA device here; bench/cpu.py measures the CPU", file=sys.stderr)
         return 2
-    result = {"build": build()}
-    import ordered_reduce
-
-    import common
-
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "gpu.json"
+    result = json.loads(file.read_text()) if args.only and file.exists() else {}
     result.update(common.environment(torch.device("cuda")))
-    for part in (tests, sanitizer):
-        result[part.__name__] = part()
-        print(part.__name__, result[part.__name__], flush=True)
-    for part in (sums, layers, steps):
-        built = ordered_reduce.cuda_built()
-        result[part.__name__] = part("cuda") if built else {"skipped": "ordered_reduce has no CUDA kernels"}
-        print(part.__name__, "done", flush=True)
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "gpu.md").write_text(table(result))
+    for part in (*PARTS, compiled):
+        name = part.__name__
+        if name not in args.only if args.only else part is compiled:
+            continue
+        started = time.perf_counter()
+        if part in (build, tests, sanitizer):
+            result[name] = part()
+        else:
+            import ordered_reduce
+
+            result[name] = ({"skipped": "ordered_reduce has no CUDA kernels"} if not ordered_reduce.cuda_built() else
+                            part(args.out.resolve()) if part is training else part("cuda"))
+        print(f"{name}: {time.perf_counter() - started:.0f} seconds", flush=True)
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        (args.out / "gpu.md").write_text(table(result))
     print(table(result))
     return 0
 
