@@ -398,15 +398,19 @@ class Symmetry:
     """How far the output channels of each convolution are from being copies of one another.
 
     The head is left out: its outputs are the classes. A measure is many small operations, so the weights of several
-    steps are kept and measured together; nothing waits for the device before that.
+    steps are kept and measured together, layers of one shape at a time; nothing waits for the device before that.
     """
 
     def __init__(self, model):
         self.weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+        self.alike = {}                                   # names of the layers, by shape
+        for name, weight in self.weights.items():
+            self.alike.setdefault(weight.shape, []).append(name)
         self.first_broken = dict.fromkeys(self.weights, -1)
-        self.kept = []                                    # (row, weights) not measured yet
+        self.rows = []                                    # not measured yet
         self.unsettled = []                               # (step, layers, whether each is broken) not looked at yet
-        self.most_kept = max(1, min(16, (1 << 22) // sum(weight.numel() for weight in self.weights.values())))
+        size = sum(weight.numel() for weight in self.weights.values())
+        self.kept = self.weights["stem"].new_empty(max(1, min(16, (1 << 22) // size)), size)   # the weights for rows
         # Two filters are taken for equal where a random linear form of their bits agrees: wrong once in 2^32.
         longest = max(weight[0].numel() for weight in self.weights.values())
         generator = torch.Generator().manual_seed(0)
@@ -437,30 +441,35 @@ class Symmetry:
     @torch.no_grad()
     def measure(self, row):
         """Adds {measure/layer: value} to the row, and makes its tensors numbers, now or by the next `flush`."""
-        self.kept.append((row, [weight.detach().clone() for weight in self.weights.values()]))
-        if len(self.kept) == self.most_kept:
+        weights = [self.weights[name].flatten() for names in self.alike.values() for name in names]
+        torch.cat(weights, out=self.kept[len(self.rows)])
+        self.rows.append(row)
+        if len(self.rows) == len(self.kept):
             self.flush()
 
     @torch.no_grad()
     def flush(self):
         self.settle()
-        for row, _ in self.kept:
+        for row in self.rows:
             row.update({key: float(value) for key, value in row.items() if isinstance(value, torch.Tensor)})
-        for number, name in enumerate(self.weights if self.kept else ()):
-            weight = torch.stack([weights[number] for _, weights in self.kept])   # (steps, out, in, height, width)
-            filters = weight.flatten(2)
-            form = (filters.view(torch.int32) * self.form[: filters.shape[2]]).sum(2, dtype=torch.int32).sort(1).values
-            distinct = 1 + (form[:, 1:] != form[:, :-1]).sum(1)
-            size, apart = (w.norm(dim=(1, 2)) for w in (filters, filters - filters.mean(1, keepdim=True)))
+        sizes = [len(names) * shape.numel() for shape, names in self.alike.items()]
+        kept = self.kept[: len(self.rows)].split(sizes, 1) if self.rows else ()
+        for (shape, names), weight in zip(self.alike.items() if self.rows else (), kept, strict=True):
+            weight = weight.view(len(self.rows), len(names), *shape)   # (steps, layers, out, in, height, width)
+            filters = weight.flatten(3)
+            form = (filters.view(torch.int32) * self.form[: filters.shape[3]]).sum(3, dtype=torch.int32).sort(2).values
+            distinct = 1 + (form[..., 1:] != form[..., :-1]).sum(2)
+            size, apart = (w.norm(dim=(2, 3)) for w in (filters, filters - filters.mean(2, keepdim=True)))
             measures = {"distinct_filters": distinct, "spread": (apart / size).where((distinct > 1) & (size > 0), 0.0),
                         "forward_correlation": mean_correlation(filters),
-                        "backward_correlation": mean_correlation(weight.transpose(1, 2).flatten(2))}
+                        "backward_correlation": mean_correlation(weight.transpose(2, 3).flatten(3))}
             for measure, values in measures.items():
-                for (row, _), value in zip(self.kept, values.tolist(), strict=True):
-                    row[f"{measure}/{name}"] = None if value != value else value
-        for row, _ in self.kept:
+                for row, found in zip(self.rows, values.tolist(), strict=True):
+                    for name, value in zip(names, found, strict=True):
+                        row[f"{measure}/{name}"] = None if value != value else value
+        for row in self.rows:
             self.note(row["step"], (name for name in self.weights if row[f"distinct_filters/{name}"] > 1))
-        self.kept.clear()
+        self.rows.clear()
 
     def summary(self, step):
         self.measure(last := {"step": step})
@@ -474,11 +483,11 @@ class Symmetry:
 
 
 def mean_correlation(slices):
-    """(steps, n, m) -> (steps,): mean Pearson correlation of all pairs of the n slices, without forming the pairs: with
+    """(..., n, m) -> (...): mean Pearson correlation of all pairs of the n slices, without forming the pairs: with
     slices z centred and of norm one, |sum z|^2 = n + the sum over ordered pairs. NaN where a slice is constant."""
-    n = slices.shape[1]
-    z = slices - slices.mean(2, keepdim=True)
-    total = ((1 / z.norm(dim=2))[:, None] @ z).square().sum((1, 2))
+    n = slices.shape[-2]
+    z = slices - slices.mean(-1, keepdim=True)
+    total = ((1 / z.norm(dim=-1))[..., None, :] @ z).square().sum((-2, -1))
     return (total - n) / (n * (n - 1)) if n > 1 else torch.full_like(total, math.nan)
 
 

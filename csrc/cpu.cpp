@@ -80,18 +80,42 @@ INLINE void full_rows(const T* x, T* lanes) {
   }
 }
 
+template <class T>
+const T* row_of_nothing() {
+  static const std::vector<T> row(kWidest, kNothing<T>);
+  return row.data();
+}
+
+// n < kLanes terms, and nothing up to kLanes. `more`: eight or more terms follow, so that whole vectors can be read.
+template <class T>
+INLINE void pad(const T* x, int n, bool more, T* row) {
+  if constexpr (sizeof(T) >= 4)
+    if (more) {
+      typedef T Vector __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));
+      typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Place __attribute__((vector_size(32)));
+      constexpr int kWide = 32 / sizeof(T);
+      Place place = {0, 1, 2, 3};
+      if constexpr (kWide == 8) place = Place{0, 1, 2, 3, 4, 5, 6, 7};
+      for (int l = 0; l < kLanes; l += kWide) {
+        Vector v = -Vector{};
+        if (l < n) v = place < n - l ? *reinterpret_cast<const Vector*>(x + l) : v;
+        *reinterpret_cast<Vector*>(row + l) = v;
+      }
+      return;
+    }
+  std::fill(std::copy(x, x + n, row), row + kLanes, kNothing<T>);
+}
+
 // The 32 lane sums of at most ROWS * kLanes contiguous terms of one output.
 template <int ROWS, class T, class Acc>
-INLINE void contiguous_rows(const T* x, int64_t n, Acc* lanes) {
+INLINE void contiguous_rows(const T* x, int64_t n, Acc* lanes, bool more = false) {
   if constexpr (ROWS > 1 && std::is_same_v<T, Acc>)
     if (n == ROWS * kLanes) return full_rows<ROWS>(x, lanes);
   const T* row[kRows] = {};
-  T padded[ROWS * kLanes];
-  if (n != ROWS * kLanes) {
-    std::fill(std::copy(x, x + n, padded), padded + ROWS * kLanes, kNothing<T>);
-    x = padded;
-  }
-  for (int i = 0; i < ROWS; ++i) row[i] = x + i * kLanes;
+  T last[kLanes];
+  const int whole = int(n / kLanes), rest = int(n % kLanes);
+  for (int i = 0; i < ROWS; ++i) row[i] = i < whole ? x + i * kLanes : row_of_nothing<T>();
+  if (rest) pad(x + whole * kLanes, rest, more, last), row[whole] = last;
   add_rows<ROWS>(row, kLanes, lanes);
 }
 
@@ -117,19 +141,53 @@ INLINE void contiguous_blocks(const T* x, int64_t n, Acc* lanes) {
   }
 }
 
-// The sum of 32 lanes, by halving, in registers.
+// The sum of 32 lanes, by halving, in registers: until one vector is left, then in that, or in the kWide vectors of as
+// many sums side by side.
+template <class Acc>
+struct Halving {
+  typedef Acc Vector __attribute__((vector_size(32), aligned(sizeof(Acc)), may_alias));
+  static constexpr int kWide = 32 / sizeof(Acc);
+
+  static INLINE Vector to_vector(const Acc* lanes) {
+    constexpr int kVectors = kLanes / kWide;
+    Vector v[kVectors];
+    for (int i = 0; i < kVectors; ++i) v[i] = reinterpret_cast<const Vector*>(lanes)[i];
+#pragma GCC unroll 3
+    for (int half = kVectors / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) v[i] += v[i + half];
+    return v[0];
+  }
+
+  static INLINE Acc to_one(Vector v) {
+    if constexpr (kWide == 8) v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 4, 5, 6, 7);
+    return tree(tree(v[0], v[2]), tree(v[1], v[3]));
+  }
+
+  // sums[i * stride] of v[i].
+  static INLINE void to_ones(const Vector (&v)[kWide], Acc* sums, int64_t stride) {
+    Vector w[kWide / 2], sum;
+    if constexpr (kWide == 8) {
+      for (int i = 0; i < 4; ++i)
+        w[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11) +
+               __builtin_shufflevector(v[2 * i], v[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15);
+      for (int i = 0; i < 2; ++i)
+        w[i] = __builtin_shufflevector(w[2 * i], w[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+               __builtin_shufflevector(w[2 * i], w[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+      sum = __builtin_shufflevector(w[0], w[1], 0, 2, 8, 10, 4, 6, 12, 14) +
+            __builtin_shufflevector(w[0], w[1], 1, 3, 9, 11, 5, 7, 13, 15);
+    } else {
+      for (int i = 0; i < 2; ++i)
+        w[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 1, 4, 5) +
+               __builtin_shufflevector(v[2 * i], v[2 * i + 1], 2, 3, 6, 7);
+      sum = __builtin_shufflevector(w[0], w[1], 0, 4, 2, 6) + __builtin_shufflevector(w[0], w[1], 1, 5, 3, 7);
+    }
+    for (int i = 0; i < kWide; ++i) sums[i * stride] = sum[i / 2 + i % 2 * (kWide / 2)];
+  }
+};
+
 template <class Acc>
 INLINE Acc add_lanes(const Acc* lanes) {
-  typedef Acc Vector __attribute__((vector_size(32), aligned(sizeof(Acc)), may_alias));
-  constexpr int kWidth = 32 / sizeof(Acc), kVectors = kLanes / kWidth;
-  Vector v[kVectors];
-  for (int i = 0; i < kVectors; ++i) v[i] = reinterpret_cast<const Vector*>(lanes)[i];
-#pragma GCC unroll 3
-  for (int half = kVectors / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  Vector sum = v[0];
-  if constexpr (kWidth == 8) sum += __builtin_shufflevector(sum, sum, 4, 5, 6, 7, 4, 5, 6, 7);
-  return tree(tree(sum[0], sum[2]), tree(sum[1], sum[3]));
+  return Halving<Acc>::to_one(Halving<Acc>::to_vector(lanes));
 }
 
 // The lowest levels, three at most, of the tree over `terms` terms, a power of two: the sum of leaf 0 ... count - 1,
@@ -147,12 +205,6 @@ struct Leaves {
     count *= 2;
   }
 };
-
-template <class T>
-const T* row_of_nothing() {
-  static const std::vector<T> row(kWidest, kNothing<T>);
-  return row.data();
-}
 
 // The terms of adjacent outputs.
 template <class T>
@@ -394,14 +446,27 @@ struct Sum {
     const Groups groups = this->groups;   // copies, which no store can change
     const int64_t pitch = this->pitch;
     const T* first = x + groups[p.first].begin;
-    Acc* to = partial + p.first * pitch;
-    for (int64_t g = p.first; g < p.last; ++g, to += pitch) {
+    const auto next = [&](int64_t g) __attribute__((always_inline)) {
       const int64_t n = groups[g].size;
-      alignas(64) Acc sum[kLanes];
-      contiguous_rows<ROWS>(first, n, sum);
-      *to = add_lanes(sum);
+      const T* terms = first;
       first += n;
+      alignas(64) Acc sum[kLanes];
+      if constexpr (ROWS == 1 && std::is_same_v<T, Acc>) {
+        if (n == kLanes) return Halving<Acc>::to_vector(terms);
+        pad(terms, int(n), g + 1 < r.groups, sum);
+      } else {
+        contiguous_rows<ROWS>(terms, n, sum, g + 1 < r.groups);
+      }
+      return Halving<Acc>::to_vector(sum);
+    };
+    constexpr int kWide = Halving<Acc>::kWide;
+    int64_t g = p.first;
+    for (; g + kWide <= p.last; g += kWide) {
+      typename Halving<Acc>::Vector sums[kWide];
+      for (int i = 0; i < kWide; ++i) sums[i] = next(g + i);
+      Halving<Acc>::to_ones(sums, partial + g * pitch, pitch);
     }
+    for (; g < p.last; ++g) partial[g * pitch] = Halving<Acc>::to_one(next(g));
   }
 
   // partial[g * pitch + output] for the groups of one tile, where the terms of an output lie side by side.

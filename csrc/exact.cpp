@@ -23,6 +23,7 @@ constexpr int kWidth = 8;                 // lanes: of one output's terms, or of
 constexpr int kVectors = 2;               // of four doubles
 constexpr int64_t kBytes = 2048;          // of neighbouring outputs that are read side by side
 constexpr int kRowsOfBlock = 128;         // whose sum a double holds with little error
+constexpr int64_t kBrief = kWidth * kRowsOfBlock;   // terms of an output that are added up at once
 constexpr int kStreams = 8;               // rows that are read together
 constexpr int kSide = 32;                 // sums that are rounded side by side
 constexpr int64_t kGrain = 1 << 15;       // terms below which a second thread does not pay
@@ -70,6 +71,13 @@ struct Running {
     lo += add_to(hi, other.hi) + other.lo;
     most = std::max(most, other.most);
   }
+};
+
+// Sums of kSide outputs, see Running.
+struct Side {
+  alignas(32) double hi[kSide], lo[kSide];
+  alignas(32) int32_t most[kSide];
+  INLINE void set(int i, const Running& sum) { hi[i] = sum.hi, lo[i] = sum.lo, most[i] = sum.most; }
 };
 
 // Sums of neighbouring lanes over the rows of a block and over all blocks.
@@ -146,27 +154,23 @@ struct Rounding {
     share = double(n) * (depth * (std::is_same_v<A, float> ? 0x1p-52 : depth * 0x1p-105) + blocks * blocks * 0x1p-105);
   }
 
-  // sums[begin ... end - 1] to out[begin], ...
-  template <class Sums>
-  INLINE bool operator()(const Sums& sums, int begin, int end, T* out) const {
-    int settled = 1;
-    for (int i = begin; i < end; ++i) {
-      const Running running = sums[i];
-      double most, sum = running.hi;
-      if constexpr (std::is_same_v<A, float>) most = double(std::bit_cast<float>(running.most));
-      else most = std::bit_cast<double>((int64_t{running.most} + 1) << 32);
-      const double rest = add_to(sum, running.lo), bound = most * share;
+  // Each of kSide sums rounded to out, and whether that is the exact sum's rounding for certain.
+  INLINE void operator()(const Side& sums, T* out, int32_t* certain) const {
+    for (int i = 0; i < kSide; ++i) {
+      double most, sum = sums.hi[i];
+      if constexpr (std::is_same_v<A, float>) most = double(std::bit_cast<float>(sums.most[i]));
+      else most = std::bit_cast<double>((int64_t{sums.most[i]} + 1) << 32);
+      const double rest = add_to(sum, sums.lo[i]), bound = most * share;
       const T low = narrow<T>(sum + (rest - bound)), high = narrow<T>(sum + (rest + bound));
       out[i] = low;
-      settled &= int(A(low) == A(high)) & int(A(low) != 0);   // never with NaN or an infinite sum of doubles
+      certain[i] = int(A(low) == A(high)) & int(A(low) != 0);   // never with NaN or an infinite sum of doubles
     }
-    return settled;
   }
 
   // Zeros add up to a negative one if all of them are, as hi was at the start.
-  INLINE bool zero(const Running& sum, T& out) const {
-    if (sum.most != 0 || sum.hi != 0 || sum.lo != 0) return false;
-    out = T(float(sum.hi));
+  INLINE bool zero(const Side& sums, int i, T& out) const {
+    if (sums.most[i] != 0 || sums.hi[i] != 0 || sums.lo[i] != 0) return false;
+    out = T(float(sums.hi[i]));
     return true;
   }
 };
@@ -247,9 +251,10 @@ struct ExactSum {
   const T* x;
   T* out;
   const bool across = r.inner_stride == 1 && r.inner > 1;                             // lanes are neighbouring outputs
+  const bool brief = !across && r.terms <= kBrief;                                    // lanes are not, and few
   const int width = across ? int(std::min<int64_t>(r.inner, kBytes / sizeof(A))) : 1;   // outputs of a tile
-  const int vectors = across ? (width + Lanes<A>::kEach - 1) / Lanes<A>::kEach : r.terms < 512 ? 1 : 4;
-  const int lanes = vectors * Lanes<A>::kEach;
+  const int vectors = across ? (width + Lanes<A>::kEach - 1) / Lanes<A>::kEach : 4;
+  const int lanes = brief ? kWidth : vectors * Lanes<A>::kEach;
   const int64_t tiles = (r.inner + width - 1) / width;   // in one row of `inner` outputs
   const int64_t per_row = across ? 1 : lanes;            // terms of an output in a row of lanes
   const Rounding<T> settled{r.terms, per_row};
@@ -298,23 +303,70 @@ struct ExactSum {
       settle(output, sums);
   }
 
+  // The same for all terms of kSide outputs, which are brief: a block of rows at most, with nothing to merge.
+  INLINE void add_side(int64_t output) {
+    const int outputs = int(std::min<int64_t>(kSide, r.outputs() - output));
+    constexpr int kEach = Lanes<A>::kEach, kWords = 8 / kEach;   // of Words for a lane
+    Side sums = {};
+    for (int w = 0; w < outputs; ++w) {
+      const T* first = terms_of(output + w);
+      Doubles sum[kVectors], errors[kVectors] = {};   // hardly any of floats
+      Words most = {};
+      A buffer[kWidth];
+      for (Doubles& s : sum) s = -Doubles{};
+      for (int64_t t = 0; t < r.terms; t += kWidth) {
+        const A* x = lay_out(term(first, t), int(std::min<int64_t>(kWidth, r.terms - t)), buffer);
+        for (int v = 0; v < kVectors; ++v) {
+          if constexpr (std::is_same_v<A, float>) sum[v] += load(x + 4 * v);
+          else errors[v] += add_to(sum[v], load(x + 4 * v));
+        }
+        for (int l = 0; l < kWidth; l += kEach) most = larger(most, size_of(x + l));
+      }
+      Running all;
+      for (int v = 1; v < kVectors; ++v) errors[0] += add_to(sum[0], sum[v]) + errors[v];
+      for (int l = 0; l < 4; ++l) all.add({sum[0][l], errors[0][l], 0});
+      for (int l = kWords - 1; l < 8; l += kWords) all.most = std::max(all.most, most[l]);
+      sums.set(w, all);
+    }
+    settle(output, outputs, sums);
+  }
+
   // Rounds the sums of a tile and notes which outputs that leaves open.
   template <class Sums>
   INLINE void settle(int64_t output, const Sums& sums) {
     const int outputs = here(output, width);
-    for (int begin = 0, end; begin < outputs; begin = end) {
-      end = std::min(outputs, begin + kSide);
-      if (settled(sums, begin, end, out + output)) continue;
-      for (int w = begin; w < end; w += kWidth) {
-        Strip strip{output + w, 0};
-        for (int l = w; l < std::min(end, w + kWidth); ++l)
-          if (!settled(sums, l, l + 1, out + output) && !settled.zero(sums[l], out[output + l]))
-            strip.open |= 1 << (l - w);
-        if (!strip.open) continue;
-        const std::lock_guard<std::mutex> lock(mutex);
-        open.push_back(strip);
-      }
+    for (int begin = 0; begin < outputs; begin += kSide) {
+      const int some = std::min(kSide, outputs - begin);
+      Side side = {};
+      for (int i = 0; i < some; ++i) side.set(i, sums[begin + i]);
+      settle(output + begin, some, side);
     }
+  }
+  INLINE void settle(int64_t output, int outputs, const Side& sums) {
+    T rounded[kSide];
+    int32_t certain[kSide], all = 1;
+    settled(sums, rounded, certain);
+    std::copy(rounded, rounded + outputs, out + output);
+    for (int i = 0; i < outputs; ++i) all &= certain[i];
+    for (int w = 0, step = across ? kWidth : 1; w < outputs && !all; w += step) {
+      Strip strip{output + w, 0};
+      for (int l = w; l < std::min(outputs, w + step); ++l)
+        if (!certain[l] && !settled.zero(sums, l, out[output + l]) && !tie(output + l)) strip.open |= 1 << (l - w);
+      if (!strip.open) continue;
+      const std::lock_guard<std::mutex> lock(mutex);
+      open.push_back(strip);
+    }
+  }
+
+  // What is open of few terms is mostly a tie, the middle of two numbers of type T, and a double holds it.
+  INLINE bool tie(int64_t output) const {
+    if (r.terms > kBrief) return false;
+    const T* first = terms_of(output);
+    double sum = -0.0;
+    for (int64_t t = 0; t < r.terms; ++t)
+      if (add_to(sum, double(A(*term(first, t)))) != 0) return false;   // an infinite sum's error is NaN
+    out[output] = narrow<T>(sum);
+    return true;
   }
 
   // n numbers, and -0.0 up to `lanes`: where they lie or in the buffer.
@@ -353,6 +405,7 @@ struct ExactSum {
   void add_tile_any(int64_t output, int64_t begin, int64_t end, Lanes<A>& sums, Running* to) {
     add_tile(output, begin, end, sums, to);
   }
+  void add_side_any(int64_t output) { add_side(output); }
   void add_exactly_any(Strip strip, int64_t begin, int64_t end, Exact* exact) const {
     add_exactly(strip, begin, end, exact);
   }
@@ -361,6 +414,7 @@ struct ExactSum {
                                                      Running* to) {
     add_tile(output, begin, end, sums, to);
   }
+  __attribute__((target("avx2"))) void add_side_avx2(int64_t output) { add_side(output); }
   __attribute__((target("avx2"))) void add_exactly_avx2(Strip strip, int64_t begin, int64_t end, Exact* exact) const {
     add_exactly(strip, begin, end, exact);
   }
@@ -380,11 +434,26 @@ struct ExactSum {
 
   void run() {
     auto add = &ExactSum::add_tile_any;
+    auto add_few = &ExactSum::add_side_any;
     auto add_without_error = &ExactSum::add_exactly_any;
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx2"))
-      add = &ExactSum::add_tile_avx2, add_without_error = &ExactSum::add_exactly_avx2;
+      add = &ExactSum::add_tile_avx2, add_few = &ExactSum::add_side_avx2,
+      add_without_error = &ExactSum::add_exactly_avx2;
 #endif
+    if (brief) {
+      const int64_t sides = (r.outputs() + kSide - 1) / kSide;
+      torch::stable::parallel_for(0, sides, std::max<int64_t>(1, kGrain / (kSide * r.terms)),
+                                  [&](int64_t first, int64_t last) {
+        for (int64_t side = first; side < last; ++side) (this->*add_few)(side * kSide);
+      });
+    } else {
+      add_tiles(add);
+    }
+    add_open(add_without_error);
+  }
+
+  void add_tiles(void (ExactSum::*add)(int64_t, int64_t, int64_t, Lanes<A>&, Running*)) {
     const int64_t tasks = r.outer * tiles;
     const auto output = [this](int64_t task) { return task / tiles * r.inner + task % tiles * width; };
     const Cut cut(r.terms, tasks, r.outputs());
@@ -403,7 +472,10 @@ struct ExactSum {
         for (int w = 0; w < here(output(task), width); ++w) sum[w].add(sum[piece * width + w]);
       settle(output(task), sum);
     }
+  }
 
+  // What is not settled, without error.
+  void add_open(void (ExactSum::*add)(Strip, int64_t, int64_t, Exact*) const) {
     const int64_t strips = int64_t(open.size());
     if (strips == 0) return;
     const Cut again(r.terms, strips, strips * kWidth);
@@ -420,7 +492,7 @@ struct ExactSum {
         Exact* exact = mine ? mine.get() : exacts.get() + job * kWidth;
         for (int l = 0; l < kWidth; ++l)
           if (strip[l]) exact[l].clear();
-        (this->*add_without_error)(strip, begin, std::min(r.terms, begin + again.length), exact);
+        (this->*add)(strip, begin, std::min(r.terms, begin + again.length), exact);
         if (mine) round(strip, exact);
       }
     });
