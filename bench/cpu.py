@@ -54,7 +54,10 @@ def sums():
     for exponent in range(20, 29, 2):
         x = torch.randn(1 << exponent)
         square = x.view(1 << exponent // 2, -1)
-        for name, terms, dim in (("whole", x, None), ("rows", square, 1), ("columns", square, 0)):
+        cases = [("whole", x, None), ("rows", square, 1), ("columns", square, 0)]
+        if exponent == 20:
+            cases += [(f"rows of {n}", x[: len(x) // n * n].view(-1, n), 1) for n in (64, 100, 256, 784)]
+        for name, terms, dim in cases:
             ratio, ours, theirs = compare(lambda: ordered_reduce.sum(terms, dim),
                                           lambda: terms.sum() if dim is None else terms.sum(dim))
             rows.append({"what": f"sum fixed, 2^{exponent}, {name}", "throughput_of_torch_sum": round(ratio, 3),
@@ -67,7 +70,7 @@ def exact():
     rows = []
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         for shape, dim in (((1 << 20,), None), ((1 << 24,), None), ((4096, 4096), 1), ((4096, 4096), 0),
-                           ((1 << 18, 64), 1), ((64, 1 << 18), 0)):
+                           ((1 << 18, 64), 1), ((64, 1 << 18), 0), ((8, 1 << 20), 0)):
             x = torch.randn(shape).to(dtype)
             ratio, ours, theirs = compare(lambda: ordered_reduce.sum(x, dim, order="exact"),
                                           lambda: ordered_reduce.sum(x, dim), seconds=1)

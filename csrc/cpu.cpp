@@ -461,7 +461,7 @@ struct Sum {
     };
     constexpr int kWide = Halving<Acc>::kWide;
     int64_t g = p.first;
-    for (; g + kWide <= p.last; g += kWide) {
+    for (; ROWS == 1 && g + kWide <= p.last; g += kWide) {   // of more rows, halving is the smaller part
       typename Halving<Acc>::Vector sums[kWide];
       for (int i = 0; i < kWide; ++i) sums[i] = next(g + i);
       Halving<Acc>::to_ones(sums, partial + g * pitch, pitch);
