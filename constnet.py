@@ -450,11 +450,13 @@ class Symmetry:
     @torch.no_grad()
     def flush(self):
         self.settle()
+        if not self.rows:
+            return
         for row in self.rows:
             row.update({key: float(value) for key, value in row.items() if isinstance(value, torch.Tensor)})
         sizes = [len(names) * shape.numel() for shape, names in self.alike.items()]
-        kept = self.kept[: len(self.rows)].split(sizes, 1) if self.rows else ()
-        for (shape, names), weight in zip(self.alike.items() if self.rows else (), kept, strict=True):
+        kept = self.kept[: len(self.rows)].split(sizes, 1)
+        for (shape, names), weight in zip(self.alike.items(), kept, strict=True):
             weight = weight.view(len(self.rows), len(names), *shape)   # (steps, layers, out, in, height, width)
             filters = weight.flatten(3)
             form = (filters.view(torch.int32) * self.form[: filters.shape[3]]).sum(3, dtype=torch.int32).sort(2).values
