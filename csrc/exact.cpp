@@ -73,6 +73,15 @@ struct Running {
   }
 };
 
+// Of all lanes of these vectors' sums, which are nearly hi + lo.
+INLINE Running sum_of_lanes(const Doubles* hi, const Doubles* lo, int vectors) {
+  Doubles sum = hi[0], rest = lo[0];
+  for (int i = 1; i < vectors; ++i) rest += add_to(sum, hi[i]) + lo[i];
+  Running all;
+  for (int l = 0; l < 4; ++l) all.add({sum[l], rest[l], 0});
+  return all;
+}
+
 // Sums of kSide outputs, see Running.
 struct Side {
   alignas(32) double hi[kSide], lo[kSide];
@@ -122,10 +131,8 @@ struct Lanes {
 
   // All lanes' sums to lane 0.
   INLINE void merge(int vectors) {
-    for (int i = 1; i < vectors * kFours; ++i) lo[0] += add_to(hi[0], hi[i]) + lo[i];
+    Running all = sum_of_lanes(hi, lo, vectors * kFours);
     for (int v = 1; v < vectors; ++v) most[0] = larger(most[0], most[v]);
-    Running all;
-    for (int l = 0; l < 4; ++l) all.add({hi[0][l], lo[0][l], 0});
     for (int l = 0; l < kEach; ++l) all.most = std::max(all.most, (*this)[l].most);
     hi[0][0] = all.hi, lo[0][0] = all.lo, most[0][kFloat ? 0 : 1] = all.most;
   }
@@ -251,7 +258,7 @@ struct ExactSum {
   const T* x;
   T* out;
   const bool across = r.inner_stride == 1 && r.inner > 1;                             // lanes are neighbouring outputs
-  const bool brief = !across && r.terms <= kBrief;                                    // lanes are not, and few
+  const bool brief = !across && r.terms <= kBrief;                                    // few terms of one output
   const int width = across ? int(std::min<int64_t>(r.inner, kBytes / sizeof(A))) : 1;   // outputs of a tile
   const int vectors = across ? (width + Lanes<A>::kEach - 1) / Lanes<A>::kEach : 4;
   const int lanes = brief ? kWidth : vectors * Lanes<A>::kEach;
@@ -322,9 +329,7 @@ struct ExactSum {
         }
         for (int l = 0; l < kWidth; l += kEach) most = larger(most, size_of(x + l));
       }
-      Running all;
-      for (int v = 1; v < kVectors; ++v) errors[0] += add_to(sum[0], sum[v]) + errors[v];
-      for (int l = 0; l < 4; ++l) all.add({sum[0][l], errors[0][l], 0});
+      Running all = sum_of_lanes(sum, errors, kVectors);
       for (int l = kWords - 1; l < 8; l += kWords) all.most = std::max(all.most, most[l]);
       sums.set(w, all);
     }

@@ -44,7 +44,7 @@ Tensor empty(const std::vector<int64_t>& sizes, const Tensor& x) {
   return Tensor(out);
 }
 
-// Tensor.permute, which the stable ABI does not have before PyTorch 2.12.
+// Tensor.permute, which PyTorch 2.11's stable headers do not have.
 Tensor permute(const Tensor& x, const std::vector<int64_t>& axes) {
   std::vector<int64_t> sizes, strides;
   for (int64_t d : axes) sizes.push_back(x.size(d)), strides.push_back(x.stride(d));
