@@ -57,28 +57,32 @@ INLINE void add_rows(int rows, const T* const (&row)[kRows], int width, Acc* sum
   }
 }
 
-// The 32 lane sums of ROWS full rows, read from front to back, which memory serves fastest: two rows at a time.
-template <int ROWS, class T>
-INLINE void full_rows(const T* x, T* lanes) {
+// A part of the 32 lanes in vectors: in four, since three times as many fit into the registers.
+template <class T>
+struct Part {
   typedef T Vector __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));
-  constexpr int kVectors = 4, kWidth = 32 / sizeof(T);   // at a time; three times as many fit into the registers
-  for (int l = 0; l < kLanes; l += kVectors * kWidth) {
-    Vector a[kVectors], b[kVectors], c[kVectors];
-    const auto pair = [&](int row, Vector* sum) {
-      const Vector* first = reinterpret_cast<const Vector*>(x + row * kLanes + l);
-      const Vector* second = reinterpret_cast<const Vector*>(x + (row + 1) * kLanes + l);
-      for (int v = 0; v < kVectors; ++v) sum[v] = first[v] + second[v];
-      std::atomic_signal_fence(std::memory_order_seq_cst);   // or the compiler mixes the rows
-    };
-    const auto add = [](Vector* sum, const Vector* other) {
-      for (int v = 0; v < kVectors; ++v) sum[v] += other[v];
-    };
-    pair(0, a);
-    if constexpr (ROWS >= 4) pair(2, b), add(a, b);
-    if constexpr (ROWS == 8) pair(4, b), pair(6, c), add(b, c), add(a, b);
-    for (int v = 0; v < kVectors; ++v) reinterpret_cast<Vector*>(lanes + l)[v] = a[v];
+  static constexpr int kVectors = 4, kWidth = kVectors * 32 / sizeof(T);   // lanes
+  Vector v[kVectors];
+
+  INLINE void add(const Part& other) {
+    for (int k = 0; k < kVectors; ++k) v[k] += other.v[k];
   }
-}
+  INLINE void set_pair(const T* a, const T* b) {
+    const Vector *first = reinterpret_cast<const Vector*>(a), *second = reinterpret_cast<const Vector*>(b);
+    for (int k = 0; k < kVectors; ++k) v[k] = first[k] + second[k];
+    std::atomic_signal_fence(std::memory_order_seq_cst);   // or the compiler mixes the rows
+  }
+  // The tree over row(0) ... row(ROWS - 1), read from front to back, which memory serves fastest: two rows at a time.
+  template <int ROWS, class Row>
+  INLINE void add_rows(const Row& row) {
+    Part b, c;
+    if constexpr (ROWS == 1)
+      for (int k = 0; k < kVectors; ++k) v[k] = reinterpret_cast<const Vector*>(row(0))[k];
+    if constexpr (ROWS >= 2) set_pair(row(0), row(1));
+    if constexpr (ROWS >= 4) b.set_pair(row(2), row(3)), add(b);
+    if constexpr (ROWS == 8) b.set_pair(row(4), row(5)), c.set_pair(row(6), row(7)), b.add(c), add(b);
+  }
+};
 
 template <class T>
 const T* row_of_nothing() {
@@ -106,17 +110,34 @@ INLINE void pad(const T* x, int n, bool more, T* row) {
   std::fill(std::copy(x, x + n, row), row + kLanes, kNothing<T>);
 }
 
-// The 32 lane sums of at most ROWS * kLanes contiguous terms of one output.
+// Calls use(row) where row(i) is row i < ROWS of at most ROWS * kLanes contiguous terms of one output. more: see pad().
+template <int ROWS, class T, class Use>
+INLINE auto with_rows(const T* x, int64_t n, bool more, const Use& use) {
+  if (n == ROWS * kLanes) return use([x](int i) __attribute__((always_inline)) { return x + i * kLanes; });
+  const T* row[ROWS];
+  alignas(64) T last[kLanes];
+  const int whole = ROWS > 1 ? int(n / kLanes) : 0;
+  pad(x + whole * kLanes, int(n) - whole * kLanes, more, last);
+  for (int i = 0; i < ROWS; ++i) row[i] = i < whole ? x + i * kLanes : i == whole ? last : row_of_nothing<T>();
+  return use([&row](int i) __attribute__((always_inline)) { return row[i]; });
+}
+
+// The 32 lane sums of such terms.
 template <int ROWS, class T, class Acc>
 INLINE void contiguous_rows(const T* x, int64_t n, Acc* lanes, bool more = false) {
-  if constexpr (ROWS > 1 && std::is_same_v<T, Acc>)
-    if (n == ROWS * kLanes) return full_rows<ROWS>(x, lanes);
-  const T* row[kRows] = {};
-  T last[kLanes];
-  const int whole = int(n / kLanes), rest = int(n % kLanes);
-  for (int i = 0; i < ROWS; ++i) row[i] = i < whole ? x + i * kLanes : row_of_nothing<T>();
-  if (rest) pad(x + whole * kLanes, rest, more, last), row[whole] = last;
-  add_rows<ROWS>(row, kLanes, lanes);
+  with_rows<ROWS>(x, n, more, [lanes](const auto& row) __attribute__((always_inline)) {
+    if constexpr (ROWS > 1 && std::is_same_v<T, Acc>) {
+      for (int l = 0; l < kLanes; l += Part<T>::kWidth) {
+        Part<T> part;
+        part.template add_rows<ROWS>([&](int i) __attribute__((always_inline)) { return row(i) + l; });
+        for (int k = 0; k < part.kVectors; ++k) reinterpret_cast<typename Part<T>::Vector*>(lanes + l)[k] = part.v[k];
+      }
+    } else {
+      const T* rows[kRows] = {};
+      for (int i = 0; i < ROWS; ++i) rows[i] = row(i);
+      add_rows<ROWS>(rows, kLanes, lanes);
+    }
+  });
 }
 
 // The same of at most kBlock * 8^LEVEL terms, each level eight parts of the one below.
@@ -145,13 +166,16 @@ INLINE void contiguous_blocks(const T* x, int64_t n, Acc* lanes) {
 // many sums side by side.
 template <class Acc>
 struct Halving {
-  typedef Acc Vector __attribute__((vector_size(32), aligned(sizeof(Acc)), may_alias));
-  static constexpr int kWide = 32 / sizeof(Acc);
+  using Vector = typename Part<Acc>::Vector;
+  static constexpr int kWide = 32 / sizeof(Acc), kVectors = kLanes / kWide;
 
   static INLINE Vector to_vector(const Acc* lanes) {
-    constexpr int kVectors = kLanes / kWide;
     Vector v[kVectors];
     for (int i = 0; i < kVectors; ++i) v[i] = reinterpret_cast<const Vector*>(lanes)[i];
+    return to_vector(v);
+  }
+
+  static INLINE Vector to_vector(Vector (&v)[kVectors]) {
 #pragma GCC unroll 3
     for (int half = kVectors / 2; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) v[i] += v[i + half];
@@ -378,6 +402,7 @@ struct Sum {
     tile = across ? int(std::min<int64_t>(r.inner, kWidest)) : kSide;
     const int64_t enough = 2 * int64_t(torch::stable::get_num_threads());   // tasks, so that every thread has some
     while (across && tile > 128 && r.outer * ((r.inner + tile - 1) / tile) < enough) tile /= 2;
+    while (!across && tile > 1 && groups.longest() <= kChunk && (r.outputs() + tile - 1) / tile < enough) tile /= 2;
     pitch = (tile + kSide - 1) / kSide * kSide;
     tiles = (r.inner + tile - 1) / tile;
     std::iota(order.begin(), order.end(), 0);
@@ -450,14 +475,18 @@ struct Sum {
       const int64_t n = groups[g].size;
       const T* terms = first;
       first += n;
-      alignas(64) Acc sum[kLanes];
-      if constexpr (ROWS == 1 && std::is_same_v<T, Acc>) {
-        if (n == kLanes) return Halving<Acc>::to_vector(terms);
-        pad(terms, int(n), g + 1 < r.groups, sum);
+      const bool more = g + 1 < r.groups;
+      if constexpr (std::is_same_v<T, float>) {   // all lanes fit into the registers
+        return with_rows<ROWS>(terms, n, more, [](const auto& row) __attribute__((always_inline)) {
+          Part<T> all;
+          all.template add_rows<ROWS>(row);
+          return Halving<Acc>::to_vector(all.v);
+        });
       } else {
-        contiguous_rows<ROWS>(terms, n, sum, g + 1 < r.groups);
+        alignas(64) Acc lanes[kLanes];
+        contiguous_rows<ROWS>(terms, n, lanes, more);
+        return Halving<Acc>::to_vector(lanes);
       }
-      return Halving<Acc>::to_vector(sum);
     };
     constexpr int kWide = Halving<Acc>::kWide;
     int64_t g = p.first;
@@ -481,6 +510,12 @@ struct Sum {
       else if (groups.longest() <= 2 * kLanes) short_groups<2>(p, terms, partial + w);
       else if (groups.longest() <= 4 * kLanes) short_groups<4>(p, terms, partial + w);
       else if (groups.longest() <= 8 * kLanes) short_groups<8>(p, terms, partial + w);
+      else if (groups.longest() <= kChunk)
+        for (int64_t g = p.first; g < p.last; ++g) {
+          alignas(64) Acc sum[kLanes];
+          contiguous_blocks<2>(terms + groups[g].begin, groups[g].size, sum);
+          partial[g * pitch + w] = add_lanes(sum);
+        }
       else
         for (int64_t g = p.first; g < p.last; ++g)
           partial[g * pitch + w] =

@@ -76,24 +76,20 @@ Reduction ordered(int64_t order, bool per_output, int64_t seed, const std::optio
 
 using Launch = void (*)(const Reduction&, const Tensor&, Tensor&);
 
-// r says in which order; its shape is filled in here.
-Tensor reduce(Launch launch, Reduction r, const Tensor& x, const std::optional<std::vector<int64_t>>& dim, bool keepdim,
-              int64_t splits, const Tensor* tickets = nullptr) {
-  std::vector<bool> reduced(x.dim(), !dim);
-  for (int64_t d : dim.value_or(std::vector<int64_t>())) {
-    STD_TORCH_CHECK(0 <= d && d < x.dim(), "dim out of range: ", d);
-    reduced[d] = true;
-  }
+// r says in which order; its shape is filled in here. Bit d of dims: dimension d is summed; -1 is all of them.
+Tensor reduce(Launch launch, Reduction r, const Tensor& x, int64_t dims, bool keepdim, int64_t splits,
+              const Tensor* tickets = nullptr) {
+  const auto reduced = [dims](int64_t d) { return dims >> std::min<int64_t>(d, 63) & 1; };
   STD_TORCH_CHECK(splits >= 1, "splits must be at least 1, got ", splits);
 
   std::vector<Axis> kept, terms;
   std::vector<int64_t> sizes, order_of_axes;
   for (int64_t d = 0; d < x.dim(); ++d) {
-    if (!reduced[d]) kept.push_back({x.size(d), x.stride(d)}), order_of_axes.push_back(d);
-    if (!reduced[d] || keepdim) sizes.push_back(reduced[d] ? 1 : x.size(d));
+    if (!reduced(d)) kept.push_back({x.size(d), x.stride(d)}), order_of_axes.push_back(d);
+    if (!reduced(d) || keepdim) sizes.push_back(reduced(d) ? 1 : x.size(d));
   }
   for (int64_t d = 0; d < x.dim(); ++d)
-    if (reduced[d]) terms.push_back({x.size(d), x.stride(d)}), order_of_axes.push_back(d);
+    if (reduced(d)) terms.push_back({x.size(d), x.stride(d)}), order_of_axes.push_back(d);
 
   Tensor out = empty(sizes, x);
   if (out.numel() == 0) return out;
@@ -129,18 +125,17 @@ Tensor reduce(Launch launch, Reduction r, const Tensor& x, const std::optional<s
 }
 
 template <Launch launch>
-Tensor sum(const Tensor& x, const std::optional<std::vector<int64_t>>& dim, bool keepdim, int64_t order,
-           bool per_output, int64_t splits, int64_t seed, const std::optional<Tensor>& step, int64_t op) {
-  return reduce(launch, ordered(order, per_output, seed, step, op, x), x, dim, keepdim, splits);
+Tensor sum(const Tensor& x, int64_t dims, bool keepdim, int64_t splits, int64_t order, bool per_output, int64_t seed,
+           const std::optional<Tensor>& step, int64_t op) {
+  return reduce(launch, ordered(order, per_output, seed, step, op, x), x, dims, keepdim, splits);
 }
 
 // In the order of tickets, which are taken now, or are given.
 template <Launch launch>
-Tensor sum_by_tickets(const Tensor& x, const std::optional<std::vector<int64_t>>& dim, bool keepdim, int64_t splits,
-                      bool take, const Tensor& tickets) {
+Tensor sum_by_tickets(const Tensor& x, int64_t dims, bool keepdim, int64_t splits, bool take, const Tensor& tickets) {
   Reduction r{};
   r.order = take ? Order::arrival : Order::replay;
-  return reduce(launch, r, x, dim, keepdim, splits, &tickets);
+  return reduce(launch, r, x, dims, keepdim, splits, &tickets);
 }
 
 // start[0 ... size], then position[0 ... n - 1]: where v stands in index, in order, is position[start[v]] ...
@@ -195,14 +190,14 @@ bool cuda_built() {
 }  // namespace ordered
 
 STABLE_TORCH_LIBRARY(ordered_reduce, m) {
-  m.def("sum(Tensor x, int[]? dim, bool keepdim, int order, bool per_output, int splits, int seed, Tensor? step,"
-        " int op) -> Tensor");
-  m.def("sum_forward(Tensor x, int[]? dim, bool keepdim, int order, bool per_output, int splits, int seed,"
-        " Tensor? step, int op) -> Tensor");   // the same, without the derivative that ops.py gives sum
+  m.def("sum(Tensor x, int dims, bool keepdim, int splits, int order=0, bool per_output=True, int seed=0,"
+        " Tensor? step=None, int op=0) -> Tensor");
+  m.def("sum_forward(Tensor x, int dims, bool keepdim, int splits, int order=0, bool per_output=True, int seed=0,"
+        " Tensor? step=None, int op=0) -> Tensor");   // the same, without the derivative that ops.py gives sum
   m.def("segments(Tensor index, int size) -> Tensor");
   m.def("index_add(Tensor input, Tensor index, Tensor source, Tensor segments, int order, bool per_output, int splits,"
         " int seed, Tensor? step, int op) -> Tensor");
-  m.def("sum_by_tickets(Tensor x, int[]? dim, bool keepdim, int splits, bool take, Tensor(a!) tickets) -> Tensor");
+  m.def("sum_by_tickets(Tensor x, int dims, bool keepdim, int splits, bool take, Tensor(a!) tickets) -> Tensor");
   m.def("cuda_built() -> bool");
 }
 

@@ -263,9 +263,9 @@ def test_cuda_equals_cpu(data):
 
 @pytest.mark.parametrize("order", ["fixed", "shuffled", "exact"])
 def test_opcheck(device, order):
-    for shape, dim, keepdim in [((5, 6), [0], False), ((2, 3, 4), [0, 2], True), ((7,), None, False), ((0, 3), [0], False)]:
+    for shape, dims, keepdim in [((5, 6), 0b1, False), ((2, 3, 4), 0b101, True), ((7,), -1, False), ((0, 3), 0b1, False)]:
         x = torch.randn(shape, device=device, requires_grad=True)
-        arguments = (dim, keepdim, ordered_reduce.ops.ORDERS.index(order), True, 3, 1, torch.tensor(2), 3)
+        arguments = (dims, keepdim, 3, ordered_reduce.ops.ORDERS.index(order), True, 1, torch.tensor(2), 3)
         torch.library.opcheck(torch.ops.ordered_reduce.sum.default, (x, *arguments))
         torch.library.opcheck(torch.ops.ordered_reduce.sum_forward.default, (x.detach(), *arguments))
 

@@ -105,7 +105,7 @@ def _linear_weight_partials(grad, x, splits):
 def _add_partials(partials, samples, weight, order, splits, seed, step, op, scope):
     partials = partials.to(weight.dtype)   # half types under autocast: they are added in the weight's own precision
     if order == "arrival":                 # a tape holds the number of samples, to know another batch size by
-        return arrival(partials, [0], False, splits, step, op, samples)
+        return arrival(partials, 1, False, splits, step, op, samples)
     return sum(partials, 0, order=order, splits=splits, seed=seed, step=step, op=op, scope=scope)
 
 

@@ -56,7 +56,7 @@ def check_tensor(function, name, x):
 
 def _step(step, order, name, x):
     """step as the operators take it."""
-    if not isinstance(step, torch.Tensor):
+    if isinstance(step, int) or not isinstance(step, torch.Tensor):   # an int is found out sooner
         return torch.full((), step, dtype=torch.int64) if order == "shuffled" else None
     if step.device.type != "cpu" and step.device != x.device:
         raise RuntimeError("Expected all tensors to be on the same device, but found step on "
@@ -64,9 +64,19 @@ def _step(step, order, name, x):
     return step
 
 
+def _mask(dim, ndim):
+    """The dimensions to sum as the operators take them, since a list takes longer than a small sum: bit d is d's."""
+    if dim is None:
+        return -1
+    if isinstance(dim, int) and 0 <= dim < ndim:
+        return 1 << dim
+    mask = 0
+    for d in _dims(dim, ndim):
+        mask |= 1 << d
+    return mask
+
+
 def _dims(dim, ndim):
-    if isinstance(dim, int) and 0 <= dim < ndim:   # as most calls have it: a small sum feels the loop below
-        return [dim]
     if dim == ():
         return list(range(ndim))
     dims, low, high = [], -max(ndim, 1), max(ndim, 1) - 1
@@ -122,11 +132,14 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
     """
     check_tensor("sum", "x", x)
     check_order(order, splits, seed, op, scope, SUM_ORDERS)
-    key, dims = _step(step, order, "x", x), None if dim is None else _dims(dim, x.ndim)
+    key, dims = _step(step, order, "x", x), _mask(dim, x.ndim)
     if order == "arrival":
         return arrival(x, dims, keepdim, splits, step, op)
-    call = _sum if x.requires_grad and torch.is_grad_enabled() else _sum_forward
-    return call(x, dims, keepdim, ORDERS.index(order), scope == "output", splits, seed, key, op)
+    differs = x.requires_grad and torch.is_grad_enabled()
+    if order == "fixed" and not differs:
+        return _sum_forward(x, dims, keepdim, splits)
+    return (_sum if differs else _sum_forward)(x, dims, keepdim, splits, ORDERS.index(order), scope == "output", seed,
+                                               key, op)
 
 
 # One kernel under two names: PyTorch enters Python for an operator that has a derivative, which takes longer than a
@@ -134,21 +147,19 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
 _sum, _sum_forward = torch.ops.ordered_reduce.sum.default, torch.ops.ordered_reduce.sum_forward.default
 
 
-def _kept(x, dim):
-    """The shape of the result with keepdim."""
-    return [1 if dim is None or d in dim else size for d, size in enumerate(x.shape)]
+def _shape(x, dims, keepdim=True):
+    return [1 if dims >> d & 1 else size for d, size in enumerate(x.shape) if keepdim or not dims >> d & 1]
 
 
 @torch.library.register_fake("ordered_reduce::sum")
 @torch.library.register_fake("ordered_reduce::sum_forward")
-def _(x, dim, keepdim, *order):
-    return x.new_empty(_kept(x, dim) if keepdim else [] if dim is None else
-                       [size for d, size in enumerate(x.shape) if d not in dim])
+def _(x, dims, keepdim, *order):
+    return x.new_empty(_shape(x, dims, keepdim))
 
 
 def _setup_context(ctx, inputs, output):
-    x, dim = inputs[:2]
-    ctx.shape, ctx.kept = x.shape, _kept(x, dim)
+    x, dims = inputs[:2]
+    ctx.shape, ctx.kept = x.shape, _shape(x, dims)
 
 
 def _backward(ctx, grad):   # every term has derivative 1, whatever the order
@@ -254,9 +265,8 @@ def arrival(x, dims, keepdim, splits, step, op, terms=None):
     """sum(order="arrival") with the dimensions checked. terms: how many the tape is to say that an output has."""
     if torch.compiler.is_compiling():   # breaks the graph
         raise RuntimeError("order='arrival' cannot be compiled: its tickets are kept by Python")
-    reduced = range(x.ndim) if dims is None else dims
-    count = math.prod(x.shape[d] for d in reduced)
-    outputs, groups = math.prod(_kept(x, reduced)), min(splits, count)
+    count = math.prod(size for d, size in enumerate(x.shape) if dims >> d & 1)
+    outputs, groups = math.prod(_shape(x, dims)), min(splits, count)
     entry = tape.Sum(outputs, count if terms is None else terms, groups, op, int(step) if tape.is_open() else 0)
     tickets = torch.empty(tape.stretches(outputs), groups, dtype=torch.int32, device=x.device)
     take = not tape.given(entry, tickets)
