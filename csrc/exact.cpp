@@ -17,6 +17,8 @@
 namespace ordered {
 namespace {
 
+using torch::headeronly::BFloat16;
+
 #define INLINE inline __attribute__((always_inline))   // compiled twice on x86-64, see run()
 
 constexpr int kWidth = 8;                 // lanes: of one output's terms, or of neighbouring outputs
@@ -36,12 +38,12 @@ typedef int32_t Words __attribute__((vector_size(32)));
 typedef double FourDoubles __attribute__((vector_size(32), aligned(8), may_alias));
 typedef float FourFloats __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t EightWords __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t FourWords __attribute__((vector_size(16)));
+typedef uint16_t EightHalves __attribute__((vector_size(16), aligned(2), may_alias));
 
 INLINE Doubles load(const double* x) { return *reinterpret_cast<const FourDoubles*>(x); }
-INLINE Doubles load(const float* x) {
-  const FourFloats four = *reinterpret_cast<const FourFloats*>(x);
-  return Doubles{four[0], four[1], four[2], four[3]};   // GCC 12 makes one instruction of this
-}
+INLINE Doubles to_doubles(FourFloats x) { return Doubles{x[0], x[1], x[2], x[3]}; }   // one instruction of GCC 12's
+INLINE Doubles load(const float* x) { return to_doubles(*reinterpret_cast<const FourFloats*>(x)); }
 
 // The upper bits of |x|, which grow with it: all of a float's, half of a double's (in every second word).
 template <class A>
@@ -50,6 +52,19 @@ INLINE Words size_of(const A* x) {
 }
 
 INLINE Words larger(Words a, Words b) { return a > b ? a : b; }
+
+// Eight terms to two vectors of sums, and their sizes to the largest.
+INLINE void add_eight(const float* x, Doubles& lower, Doubles& upper, Words& most) {
+  lower += load(x), upper += load(x + 4);
+  most = larger(most, size_of(x));
+}
+INLINE void add_eight(const BFloat16* x, Doubles& lower, Doubles& upper, Words& most) {   // upper halves of floats
+  const EightHalves zero = {}, half = *reinterpret_cast<const EightHalves*>(x);
+  const FourWords a = FourWords(__builtin_shufflevector(zero, half, 0, 8, 1, 9, 2, 10, 3, 11));
+  const FourWords b = FourWords(__builtin_shufflevector(zero, half, 4, 12, 5, 13, 6, 14, 7, 15));
+  lower += to_doubles(FourFloats(a)), upper += to_doubles(FourFloats(b));
+  most = larger(most, __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7) & 0x7FFFFFFF);
+}
 
 // ------------------------------------------------------------------------------------ sums with a bound on their error
 
@@ -106,16 +121,15 @@ struct Lanes {
     for (int v = 0; v < vectors && !kFloat; ++v) errors[v] = Doubles{};
   }
 
-  template <int ROWS>
-  INLINE void add(const A* const* row, int vectors) {
+  template <int ROWS, class T>
+  INLINE void add(const T* const* row, int vectors) {
     for (int v = 0; v < vectors; ++v) {
       Doubles s[2] = {sum[v * kFours], kFloat ? sum[v * kFours + 1] : errors[v]};
       Words m = most[v];
       for (int k = 0; k < ROWS; ++k) {
-        const A* x = row[k] + v * kEach;
-        if constexpr (kFloat) s[0] += load(x), s[1] += load(x + 4);
-        else s[1] += add_to(s[0], load(x));
-        m = larger(m, size_of(x));
+        const T* x = row[k] + v * kEach;
+        if constexpr (kFloat) add_eight(x, s[0], s[1], m);
+        else s[1] += add_to(s[0], load(x)), m = larger(m, size_of(x));
       }
       sum[v * kFours] = s[0], (kFloat ? sum[v * kFours + 1] : errors[v]) = s[1], most[v] = m;
     }
@@ -157,20 +171,50 @@ struct Rounding {
   double share;   // of the largest term, that the sum may be off by
 
   INLINE Rounding(int64_t n, int64_t lanes) {   // that share the terms of an output
-    const double depth = kRowsOfBlock + 32, blocks = double(n) / double(kRowsOfBlock * lanes) + double(n) / kSplit + 128;
+    const double depth = kRowsOfBlock + 32;
+    const double blocks = double(n) / double(kRowsOfBlock * lanes) + double(n) / kSplit + 128;
     share = double(n) * (depth * (std::is_same_v<A, float> ? 0x1p-52 : depth * 0x1p-105) + blocks * blocks * 0x1p-105);
+  }
+
+  struct Interval {
+    double low, high;
+  };
+  INLINE Interval around(const Side& sums, int i) const {
+    double most, sum = sums.hi[i];
+    if constexpr (std::is_same_v<A, float>) most = double(std::bit_cast<float>(sums.most[i]));
+    else most = std::bit_cast<double>((int64_t{sums.most[i]} + 1) << 32);
+    const double rest = add_to(sum, sums.lo[i]), bound = most * share;
+    return {sum + (rest - bound), sum + (rest + bound)};
+  }
+
+  INLINE void round(const Side& sums, int i, T* out, int32_t* certain) const {
+    const Interval ends = around(sums, i);
+    const T low = narrow<T>(ends.low), high = narrow<T>(ends.high);
+    out[i] = low;
+    certain[i] = int(A(low) == A(high)) & int(A(low) != 0);   // never with NaN or an infinite sum of doubles
   }
 
   // Each of kSide sums rounded to out, and whether that is the exact sum's rounding for certain.
   INLINE void operator()(const Side& sums, T* out, int32_t* certain) const {
-    for (int i = 0; i < kSide; ++i) {
-      double most, sum = sums.hi[i];
-      if constexpr (std::is_same_v<A, float>) most = double(std::bit_cast<float>(sums.most[i]));
-      else most = std::bit_cast<double>((int64_t{sums.most[i]} + 1) << 32);
-      const double rest = add_to(sum, sums.lo[i]), bound = most * share;
-      const T low = narrow<T>(sum + (rest - bound)), high = narrow<T>(sum + (rest + bound));
-      out[i] = low;
-      certain[i] = int(A(low) == A(high)) & int(A(low) != 0);   // never with NaN or an infinite sum of doubles
+    if constexpr (std::is_same_v<T, A>) {
+      for (int i = 0; i < kSide; ++i) round(sums, i, out, certain);
+    } else {   // to nearest, ties to even, in the bits of a double: right where T is not subnormal
+      constexpr int kCut = std::is_same_v<T, BFloat16> ? 45 : 42;
+      constexpr double kNormal = std::is_same_v<T, BFloat16> ? 0x1p-126 : 0x1p-14;
+      double rounded[kSide];
+      const auto cut = [](double x) __attribute__((always_inline)) {
+        const uint64_t bits = bits_of(x);
+        return double_of((bits + (bits >> kCut & 1) + (uint64_t{1} << (kCut - 1)) - 1) >> kCut << kCut);
+      };
+      for (int i = 0; i < kSide; ++i) {
+        const Interval ends = around(sums, i);
+        rounded[i] = cut(ends.low);
+        const bool number = ends.low == ends.low, normal = std::abs(rounded[i]) >= kNormal;
+        certain[i] = int(number) & int(normal) & int(rounded[i] == cut(ends.high));
+      }
+      for (int i = 0; i < kSide; ++i) out[i] = T(float(rounded[i]));
+      for (int i = 0; i < kSide; ++i)
+        if (!certain[i]) round(sums, i, out, certain);
     }
   }
 
@@ -254,6 +298,7 @@ void add_lane(const Pieces& pieces, int64_t l, const A* x, int64_t n, int64_t ev
 template <class T>
 struct ExactSum {
   using A = typename AccType<T>::type;
+  static constexpr bool kDirect = std::is_same_v<T, A> || std::is_same_v<T, BFloat16>;   // terms need no buffer
   const Reduction& r;
   const T* x;
   T* out;
@@ -286,20 +331,26 @@ struct ExactSum {
     const int outputs = here(output, width);
     const T* first = terms_of(output);
     const int64_t rows = (end - begin + per_row - 1) / per_row, step = per_row * r.term_stride;
-    const bool straight = std::is_same_v<T, A> && !r.rows && (across || r.term_stride == 1);   // rows as they lie
+    const bool straight = kDirect && !r.rows && (across || r.term_stride == 1);   // rows as they lie
     A buffer[kStreams][kBytes / sizeof(A)];
     sums.clear(vectors);
     for (int64_t row = 0; row < rows;) {
       const int64_t left = std::min(kRowsOfBlock - row % kRowsOfBlock, rows - row);
       const int some = left >= kStreams ? kStreams : 1;
-      const A* at[kStreams];
       const int64_t t = begin + row * per_row;
-      if (straight && (across ? outputs == lanes : t + some * lanes <= end))
-        for (int k = 0; k < some; ++k) at[k] = reinterpret_cast<const A*>(first) + t * r.term_stride + k * step;
-      else
+      const auto add = [&](const auto& at) __attribute__((always_inline)) {
+        some == kStreams ? sums.template add<kStreams>(at, vectors) : sums.template add<1>(at, vectors);
+      };
+      if (straight && (across ? outputs == lanes : t + some * lanes <= end)) {
+        const T* at[kStreams];
+        for (int k = 0; k < some; ++k) at[k] = first + t * r.term_stride + k * step;
+        if constexpr (kDirect) add(at);
+      } else {
+        const A* at[kStreams];
         for (int64_t k = 0, from = t; k < some; ++k, from += per_row)
           at[k] = lay_out(term(first, from), across ? outputs : int(std::min(per_row, end - from)), buffer[k]);
-      some == kStreams ? sums.template add<kStreams>(at, vectors) : sums.template add<1>(at, vectors);
+        add(at);
+      }
       row += some;
       if (row % kRowsOfBlock == 0 || row == rows) sums.end_block(vectors);
     }
@@ -322,12 +373,19 @@ struct ExactSum {
       A buffer[kWidth];
       for (Doubles& s : sum) s = -Doubles{};
       for (int64_t t = 0; t < r.terms; t += kWidth) {
-        const A* x = lay_out(term(first, t), int(std::min<int64_t>(kWidth, r.terms - t)), buffer);
-        for (int v = 0; v < kVectors; ++v) {
-          if constexpr (std::is_same_v<A, float>) sum[v] += load(x + 4 * v);
-          else errors[v] += add_to(sum[v], load(x + 4 * v));
+        const int n = int(std::min<int64_t>(kWidth, r.terms - t));
+        if constexpr (std::is_same_v<T, BFloat16>)
+          if (n == kWidth && r.term_stride == 1) {
+            add_eight(term(first, t), sum[0], sum[1], most);
+            continue;
+          }
+        const A* x = lay_out(term(first, t), n, buffer);
+        if constexpr (std::is_same_v<A, float>) {
+          add_eight(x, sum[0], sum[1], most);
+        } else {
+          for (int v = 0; v < kVectors; ++v) errors[v] += add_to(sum[v], load(x + 4 * v));
+          for (int l = 0; l < kWidth; l += kEach) most = larger(most, size_of(x + l));
         }
-        for (int l = 0; l < kWidth; l += kEach) most = larger(most, size_of(x + l));
       }
       Running all = sum_of_lanes(sum, errors, kVectors);
       for (int l = kWords - 1; l < 8; l += kWords) all.most = std::max(all.most, most[l]);
