@@ -754,8 +754,14 @@ struct IndexAdd {
       *to = T(Acc(input[v]) + Acc(T(sum)));
       return;
     }
+    if (n == 1) {
+      prefetch(first, n);
+      const T *in = input + v * r.inner, *x = row(first);
+      for (int64_t i = 0; i < r.inner; ++i) to[i] = T(Acc(in[i]) + Acc(x[i]));
+      return;
+    }
     const Groups groups(n, std::min(n, r.groups));
-    if (n == 1 || (r.order == Order::fixed && groups.longest() <= kRows)) {   // small: what Sum does, at less expense
+    if (r.order == Order::fixed && groups.longest() <= kRows) {   // small: what Sum does, at less expense
       prefetch(first, n);
       const Leaves leaves(next_power_of_two(groups.longest()));
       const Terms<T> all{terms(first), r.inner, r.inner > 1 ? s.position + first : nullptr};

@@ -149,13 +149,11 @@ Tensor segments(const Tensor& index, int64_t size) {
   std::fill(start, start + size + 1, 0);
   for (int64_t i = 0; i < n; ++i) {
     STD_TORCH_CHECK(0 <= at[i] && at[i] < size, "index out of range: ", at[i]);
-    ++start[at[i]];
+    ++start[at[i] + 1];
   }
-  int64_t before = 0;
-  for (int64_t v = 0; v <= size; ++v) before += std::exchange(start[v], before);
-  for (int64_t i = 0; i < n; ++i) start[size + 1 + start[at[i]]++] = i;   // start[v] becomes that of v + 1
-  for (int64_t v = size; v > 0; --v) start[v] = start[v - 1];
-  start[0] = 0;
+  int64_t before = 0;   // start[v + 1] becomes where v begins, then, place by place, where it ends
+  for (int64_t v = 1; v <= size; ++v) before += std::exchange(start[v], before);
+  for (int64_t i = 0; i < n; ++i) start[size + 1 + start[at[i] + 1]++] = i;
   return result;
 }
 
