@@ -510,7 +510,7 @@ struct Sum {
       else if (groups.longest() <= 2 * kLanes) short_groups<2>(p, terms, partial + w);
       else if (groups.longest() <= 4 * kLanes) short_groups<4>(p, terms, partial + w);
       else if (groups.longest() <= 8 * kLanes) short_groups<8>(p, terms, partial + w);
-      else if (groups.longest() <= kChunk)
+      else if (groups.longest() <= kChunk)   // one piece: without a counter's branches
         for (int64_t g = p.first; g < p.last; ++g) {
           alignas(64) Acc sum[kLanes];
           contiguous_blocks<2>(terms + groups[g].begin, groups[g].size, sum);

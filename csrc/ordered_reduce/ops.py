@@ -148,6 +148,7 @@ _sum, _sum_forward = torch.ops.ordered_reduce.sum.default, torch.ops.ordered_red
 
 
 def _shape(x, dims, keepdim=True):
+    """The shape of a sum over dims, a mask."""
     return [1 if dims >> d & 1 else size for d, size in enumerate(x.shape) if keepdim or not dims >> d & 1]
 
 
