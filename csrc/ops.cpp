@@ -80,6 +80,7 @@ using Launch = void (*)(const Reduction&, const Tensor&, Tensor&);
 Tensor reduce(Launch launch, Reduction r, const Tensor& x, int64_t dims, bool keepdim, int64_t splits,
               const Tensor* tickets = nullptr) {
   const auto reduced = [dims](int64_t d) { return dims >> std::min<int64_t>(d, 63) & 1; };
+  STD_TORCH_CHECK(dims == -1 || dims >> std::min<int64_t>(x.dim(), 63) == 0, "dims out of range: ", dims);
   STD_TORCH_CHECK(splits >= 1, "splits must be at least 1, got ", splits);
 
   std::vector<Axis> kept, terms;

@@ -270,6 +270,12 @@ def test_opcheck(device, order):
         torch.library.opcheck(torch.ops.ordered_reduce.sum_forward.default, (x.detach(), *arguments))
 
 
+@pytest.mark.parametrize("dims", [0b100, 1 << 40, -2])
+def test_the_operator_refuses_dimensions_that_are_not_there(device, dims):
+    with pytest.raises(RuntimeError, match="dims out of range"):
+        torch.ops.ordered_reduce.sum_forward(torch.ones(2, 3, device=device), dims, False, 8)
+
+
 @pytest.mark.parametrize("order", ["shuffled", "exact"])
 @pytest.mark.parametrize("dim,keepdim", [(None, False), (1, False), ((0, -1), True)])
 def test_gradients(device, dim, keepdim, order):
