@@ -135,11 +135,10 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
     key, dims = _step(step, order, "x", x), _mask(dim, x.ndim)
     if order == "arrival":
         return arrival(x, dims, keepdim, splits, step, op)
-    differs = x.requires_grad and torch.is_grad_enabled()
-    if order == "fixed" and not differs:
-        return _sum_forward(x, dims, keepdim, splits)
-    return (_sum if differs else _sum_forward)(x, dims, keepdim, splits, ORDERS.index(order), scope == "output", seed,
-                                               key, op)
+    call = _sum if x.requires_grad and torch.is_grad_enabled() else _sum_forward
+    if order == "fixed":   # an argument more takes longer too
+        return call(x, dims, keepdim, splits)
+    return call(x, dims, keepdim, splits, ORDERS.index(order), scope == "output", seed, key, op)
 
 
 # One kernel under two names: PyTorch enters Python for an operator that has a derivative, which takes longer than a
