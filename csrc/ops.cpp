@@ -168,6 +168,10 @@ Tensor index_add(const Tensor& input, const Tensor& index, const Tensor& source,
   STD_TORCH_CHECK(input.dim() == 2 && source.dim() == 2 && source.size(0) == n && source.size(1) == input.size(1) &&
                   segments.numel() == size + 1 + n && input.scalar_type() == source.scalar_type() && splits >= 1,
                   "index_add: shapes or dtypes do not match");
+  for (const Tensor& places : {index, segments})
+    STD_TORCH_CHECK(places.scalar_type() == ScalarType::Long && places.is_contiguous() &&
+                    places.is_cuda() == input.is_cuda() && places.get_device_index() == input.get_device_index(),
+                    "index and segments must be contiguous int64 on the device of input");
   const Tensor from = torch::stable::contiguous(input), terms = torch::stable::contiguous(source);
   Tensor out = empty({size, input.size(1)}, input);
   if (out.numel() == 0) return out;

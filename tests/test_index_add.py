@@ -83,7 +83,7 @@ def test_integers_equal_pytorchs_along_every_dimension(device, order, dtype):
         shape[dim] = 40
         index = torch.randint(input.shape[dim], (40,), generator=generator).to(device)
         source = torch.randint(-3, 4, shape[::-1], generator=generator).to(device, dtype).permute(2, 1, 0)
-        for i in (index, index.int()):
+        for i in (index, index.int(), torch.stack([index, index - index], 1)[:, 0]):   # one column of a matrix, too
             got = ordered_reduce.index_add(input, dim, i, source, order=order)
             assert got.shape == input.shape and torch.equal(got, torch.index_add(input, dim, i, source))
     one = torch.ones(3, 0, device=device, dtype=dtype)

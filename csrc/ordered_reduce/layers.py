@@ -282,7 +282,8 @@ class Policy:
         self.load_state_dict({"step": 0})
 
     def step(self):
-        """Call after each optimizer step: the next gradients are drawn for the next step."""
+        """Call after each optimizer step: the next gradients are drawn for the next step. (A CUDA graph that was
+        captured by hand knows nothing of it and repeats the draws of one step; torch.compile does not.)"""
         self.load_state_dict({"step": self.count + 1})
 
     def state_dict(self):

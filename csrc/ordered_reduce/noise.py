@@ -25,7 +25,7 @@ def _philox(count, seed, step, op, device):
 
 def _uniforms(count, *key):
     """count numbers of (0, 1), float64."""
-    return (_philox(-(-count // 4), *key).flatten()[:count] + 0.5) / (1 << 32)
+    return (_philox(-(-count // 4), *key).flatten()[:count].double() + 0.5) / (1 << 32)
 
 
 def _round_stochastically(x, dtype, uniform):

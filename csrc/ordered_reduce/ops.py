@@ -117,8 +117,8 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
       dim: int, tuple of ints, or None for all dimensions, as in torch.sum.
       keepdim: keep the summed dimensions with size 1.
       splits: G, the number of groups; 2 cannot make noise (a + b = b + a), from 3 on it grows as about sqrt(G).
-      seed, step, op: 64-bit, 32-bit, 32-bit keys of the permutation. step may be a one-element int64 tensor, on the
-        CPU or the device of x, so that a captured or compiled program can advance it.
+      seed, step, op: 64-bit, 32-bit, 32-bit keys of the permutation. step may be a one-element int64 tensor, so that a
+        compiled program can advance it; one on the device of x is read there, which a captured CUDA graph needs.
       scope: "output" or "tensor".
 
     Returns the sum, with the dtype and device of x. The error is at most
@@ -211,13 +211,12 @@ def index_add(input, dim, index, source, *, order="fixed", splits=8, seed=0, ste
         raise RuntimeError("index_add(): source must have the shape of input but for the size of index along dim, but "
                            f"got input {list(input.shape)}, index {list(index.shape)}, source {list(source.shape)}, "
                            f"dim {dim}")
-    rows, index = input.shape[dim], index.reshape(-1).long()
-    # A compiled program cannot raise for a value: there the CPU's kernel checks.
-    if not torch.compiler.is_compiling() and index.numel():
-        for extreme in index.aminmax():
-            if not 0 <= extreme < rows:
-                raise IndexError(f"index_add(): index {int(extreme)} is out of range for dimension {dim} with size "
-                                 f"{rows}")
+    rows, index = input.shape[dim], index.reshape(-1).long().contiguous()
+    # A compiled program cannot raise for a value, and a captured one cannot look at it: there the kernels check.
+    looking = not torch.compiler.is_compiling() and not (index.is_cuda and torch.cuda.is_current_stream_capturing())
+    for extreme in torch.stack(index.aminmax()).tolist() if looking and index.numel() else ():
+        if not 0 <= extreme < rows:
+            raise IndexError(f"index_add(): index {extreme} is out of range for dimension {dim} with size {rows}")
     moved = input.movedim(dim, 0)
     width = moved.shape[1:].numel()
     result = torch.ops.ordered_reduce.index_add(
