@@ -5,9 +5,12 @@
 //               same kernel sums the lane sums of the pieces until one piece is left: the rest of the same tree.
 //   combine     the partial sums of the groups, one after the other or shuffled, one thread an output.
 //   race        the same partial sums with atomicAdd, one thread a (group, output).
-//   group_sums  the sums of the groups of index_add's rows, wherever their terms stand; add_groups and add_exact end it.
 //   arrive      fetches the same partial sums, one block a (group, stretch of outputs), and takes a ticket when done.
-//   exact_sums  the order "exact": the split and the integer of exact.h, which no order can change.
+//   short_sums  groups of at most 32 contiguous terms, one thread each.
+//   exact_sums  the order "exact": the split and the integer of exact.h, which no order can change. exact_few: the same
+//               where an output has few terms, which doubles mostly settle.
+//   index_add   add_rows and add_exact: the rows of few terms, one thread an output; plan lists the others, whose groups
+//               group_sums (one thread a group and column) and long_sums (one block) add up first.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -160,6 +163,32 @@ __global__ void lane_sums(Rows r, const T* __restrict__ x, Acc* __restrict__ out
   }
 }
 
+// v[0] becomes the sum of N lanes by halving.
+template <int N, class Acc>
+__device__ void halve(Acc* v) {
+  if constexpr (N > 1) {
+#pragma unroll
+    for (int l = 0; l < N / 2; ++l) v[l] = tree(v[l], v[l + N / 2]);
+    halve<N / 2>(v);
+  }
+}
+
+// partial[group * outputs + output] of tasks of at most LANES terms, one thread each.
+template <int LANES, class T, class Acc>
+__global__ void short_sums(Rows r, const T* __restrict__ x, Acc* __restrict__ out) {
+  const int64_t outputs = r.tasks / r.groups;
+  for (int64_t task = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; task < r.tasks;
+       task += int64_t(gridDim.x) * blockDim.x) {
+    int64_t size;
+    const T* terms = x + r.locate(task, size);
+    Acc v[LANES];
+#pragma unroll
+    for (int l = 0; l < LANES; ++l) v[l] = l < size ? Acc(terms[l * r.term_stride]) : Acc(-0.0f);
+    halve<LANES>(v);
+    out[task % r.groups * outputs + task / r.groups] = v[0];
+  }
+}
+
 // The partial sums, as (outer, groups, inner) with strides.
 struct Partials {
   int64_t outputs, inner, groups;
@@ -243,88 +272,136 @@ __global__ void convert(const Acc* x, T* out, int64_t n) {
     out[i] = T(x[i]);
 }
 
-constexpr int kExactWarps = 4;                   // in a block of exact_sums
 constexpr int kBatch = 16;                       // terms that a thread splits together; a warp: 512, of most kSplit
 constexpr int64_t kBetweenCarries = 1 << 24;     // terms of one exact sum, well below Exact::kMost
-constexpr int64_t kExactPiece = 1 << 16;         // terms of one output that one block sums, at least
+constexpr int64_t kExactPiece = 1 << 13;         // terms that one block sums, at least
+constexpr int64_t kFew = 128;                    // most terms of an output that one thread adds up exactly
 
 __device__ void add_shared(Exact& exact, double x) {
   const uint32_t seen = Exact::put(x, [&](int k, int64_t change) {
     atomicAdd(reinterpret_cast<unsigned long long*>(&exact.digit[k]), static_cast<unsigned long long>(change));
   });
-  if (seen & ~exact.seen) atomicOr(&exact.seen, seen);
+  if (seen) atomicOr(&exact.seen, seen);
 }
 
-// A block sums one piece of the terms of one output, or (ACROSS) of 32 neighbouring ones, one to each threadIdx.x. With
-// one piece it rounds the sum as well; with more, whole[output] gathers them.
+// A block adds terms begin ... end - 1 of one output to shared[0], or (ACROSS) of 32 neighbouring ones, one to each
+// threadIdx.x, to shared[0 ... 31], which it clears first. term(i) is a double; mine: whether this thread has an output.
+template <bool ACROSS, class Term>
+__device__ void add_exactly(Exact* shared, bool mine, int64_t begin, int64_t end, const Term& term) {
+  constexpr int kOutputs = ACROSS ? kLanes : 1;
+  const int thread = threadIdx.y * kLanes + threadIdx.x, first = ACROSS ? threadIdx.y : thread;
+  const int together = ACROSS ? blockDim.y : blockDim.y * kLanes;    // threads that share an output
+  Exact& exact = shared[ACROSS ? threadIdx.x : 0];
+  if (thread < kOutputs) shared[thread].clear();
+  __syncthreads();
+  for (int64_t from = begin; from < end; from += kBetweenCarries) {
+    const int64_t to = min(end, from + kBetweenCarries);
+    for (int64_t at = from; at < to; at += int64_t(kBatch) * together) {   // the same number of times in every thread
+      double v[kBatch];
+      int exponent = 1;
+      bool minus_zeros = true;
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        const int64_t i = at + int64_t(k) * together + first;
+        v[k] = mine && i < to ? term(i) : -0.0;                      // which changes no sum
+        exponent = max(exponent, int(bits_of(v[k]) >> 52 & 0x7FF));
+        minus_zeros &= bits_of(v[k]) == uint64_t{1} << 63;
+      }
+      if (!ACROSS) exponent = __reduce_max_sync(~0u, exponent);      // one sigma for the warp
+      if (exponent >= kHuge) {
+        for (int k = 0; k < kBatch; ++k) add_shared(exact, v[k]);
+        continue;
+      }
+      const double sigma = sigma_for(exponent);
+      double sum = 0, rest = 0;
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        sum += split(v[k], sigma);
+        rest += split(v[k], sigma * kSecond);
+        if (v[k] != 0) add_shared(exact, v[k]);
+      }
+      if (!ACROSS)
+        for (int half = kLanes / 2; half > 0; half /= 2) {           // exact, so in any order
+          sum += __shfl_xor_sync(~0u, sum, half);
+          rest += __shfl_xor_sync(~0u, rest, half);
+        }
+      if (!minus_zeros) atomicOr(&exact.seen, Exact::kNotMinusZero);
+      if (ACROSS || threadIdx.x == 0) {
+        if (sum != 0) add_shared(exact, sum);
+        if (rest != 0) add_shared(exact, rest);
+      }
+    }
+    __syncthreads();
+    if (thread < kOutputs) shared[thread].carry();
+    __syncthreads();
+  }
+}
+
+// A block sums one piece of the terms of one output, or (ACROSS) of 32 neighbouring ones. With one piece it rounds the
+// sum as well; with more, whole[output] gathers them.
 template <class T, bool ACROSS>
 __global__ void exact_sums(Reduction r, const T* __restrict__ x, T* out, Exact* whole, int64_t piece, int64_t pieces) {
-  constexpr int kOutputs = ACROSS ? kLanes : 1, kThreads = kLanes * kExactWarps;
-  constexpr int kTogether = ACROSS ? kExactWarps : kThreads;     // threads that share an output
+  constexpr int kOutputs = ACROSS ? kLanes : 1;
   __shared__ Exact shared[kOutputs];
-  const int thread = threadIdx.y * kLanes + threadIdx.x, first = ACROSS ? threadIdx.y : thread;
-  Exact& exact = shared[ACROSS ? threadIdx.x : 0];
+  const int thread = threadIdx.y * kLanes + threadIdx.x;
   const int64_t columns = (r.outputs() + kOutputs - 1) / kOutputs;
   for (int64_t job = blockIdx.x; job < columns * pieces; job += gridDim.x) {
-    if (thread < kOutputs) shared[thread].clear();
-    __syncthreads();
     const int64_t output = job % columns * kOutputs + (ACROSS ? threadIdx.x : 0);
-    const bool mine = output < r.outputs();
     const T* terms = x + output / r.inner * r.outer_stride + output % r.inner * r.inner_stride;
-    const int64_t begin = job / columns * piece, end = min(r.terms, begin + piece);
-    for (int64_t from = begin; from < end; from += kBetweenCarries) {
-      const int64_t to = min(end, from + kBetweenCarries);
-      for (int64_t at = from; at < to; at += kBatch * kTogether) {   // the same number of times in every thread
-        double v[kBatch];
-        int exponent = 1;
-        bool minus_zeros = true;
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
-          const int64_t i = at + k * kTogether + first;
-          v[k] = mine && i < to ? double(terms[i * r.term_stride]) : -0.0;   // which changes no sum
-          exponent = max(exponent, int(bits_of(v[k]) >> 52 & 0x7FF));
-          minus_zeros &= bits_of(v[k]) == uint64_t{1} << 63;
-        }
-        if (!ACROSS) exponent = __reduce_max_sync(~0u, exponent);    // one sigma for the warp
-        if (exponent >= kHuge) {
-          for (int k = 0; k < kBatch; ++k) add_shared(exact, v[k]);
-          continue;
-        }
-        const double sigma = sigma_for(exponent);
-        double sum = 0, rest = 0;
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
-          sum += split(v[k], sigma);
-          rest += split(v[k], sigma * kSecond);
-          if (v[k] != 0) add_shared(exact, v[k]);
-        }
-        if (!ACROSS)
-          for (int half = kLanes / 2; half > 0; half /= 2) {         // exact, so in any order
-            sum += __shfl_xor_sync(~0u, sum, half);
-            rest += __shfl_xor_sync(~0u, rest, half);
-          }
-        if (!minus_zeros) atomicOr(&exact.seen, Exact::kNotMinusZero);
-        if (ACROSS || threadIdx.x == 0) {
-          if (sum != 0) add_shared(exact, sum);
-          if (rest != 0) add_shared(exact, rest);
-        }
-      }
-      __syncthreads();
-      if (thread < kOutputs) shared[thread].carry();
-      __syncthreads();
-    }
+    const int64_t begin = job / columns * piece;
+    add_exactly<ACROSS>(shared, output < r.outputs(), begin, min(r.terms, begin + piece),
+                        [&](int64_t i) { return double(terms[i * r.term_stride]); });
     const int64_t o = job % columns * kOutputs + thread;
     if (thread < kOutputs && o < r.outputs()) {
       if (pieces == 1) {
         out[o] = shared[thread].template rounded<T>();
       } else {
         for (int k = 0; k < Exact::kDigits; ++k)
-          atomicAdd(reinterpret_cast<unsigned long long*>(&whole[o].digit[k]),
-                    static_cast<unsigned long long>(shared[thread].digit[k]));
+          if (shared[thread].digit[k])
+            atomicAdd(reinterpret_cast<unsigned long long*>(&whole[o].digit[k]),
+                      static_cast<unsigned long long>(shared[thread].digit[k]));
         atomicOr(&whole[o].seen, shared[thread].seen);
       }
     }
     __syncthreads();
+  }
+}
+
+// The exact sum of n <= kFew terms, rounded, in one thread.
+template <class T, class Term>
+__device__ T sum_of_few(int64_t n, const Term& term) {
+  double hi = -0.0, lo = 0, most = 0;
+  bool off = false;                                    // whether an addition was rounded
+  const auto add_to = [](double& sum, double x) {      // Knuth's two-sum: what was rounded off
+    const double before = sum;
+    sum += x;
+    const double other = sum - before;
+    return (before - (sum - other)) + (x - other);
+  };
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = term(i), error = add_to(hi, x);
+    lo += error, off |= error != 0, most = max(most, fabs(x));
+  }
+  if (!off) return narrow<T>(hi);                      // zeros alone have the sign that IEEE 754 gives them
+  // hi + lo is off by (n u)^2 n most at most, u = 2^-53 (Ogita, Rump, Oishi, "Accurate Sum and Dot Product", SIAM J. Sci.
+  // Comput. 26 (2005)); twice that covers the roundings here. Shorter types are rounded from a double, which must lie on
+  // the right side of their ties: it is off by u n most.
+  const double bound = most * n * (double(n) * n * 0x1p-105 + (std::is_same_v<T, double> ? 0 : 0x1p-51));
+  const double rest = add_to(hi, lo);
+  const T low = narrow<T>(hi + (rest - bound)), high = narrow<T>(hi + (rest + bound));
+  if (double(low) == double(high) && double(low) != 0) return low;   // never with NaN
+  Exact exact;
+  exact.clear();
+  for (int64_t i = 0; i < n; ++i) exact.add(term(i));
+  return exact.template rounded<T>();
+}
+
+template <class T>
+__global__ void exact_few(Reduction r, const T* __restrict__ x, T* out) {
+  for (int64_t o = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; o < r.outputs();
+       o += int64_t(gridDim.x) * blockDim.x) {
+    const T* terms = x + o / r.inner * r.outer_stride + o % r.inner * r.inner_stride;
+    out[o] = sum_of_few<T>(r.terms, [&](int64_t i) { return double(terms[i * r.term_stride]); });
   }
 }
 
@@ -355,95 +432,160 @@ __device__ Acc lane_sum(const T* source, const int64_t* position, int64_t n, int
   return stack[0];
 }
 
-constexpr int kGroupWarps = 8;     // in a block of group_sums
-constexpr int64_t kAlone = kBlock; // most terms of a group that one warp sums; longer ones take the whole block
+constexpr int kThreads = 256;      // in a block of the kernels of index_add, but for
+constexpr int kLongThreads = 1024; // long_sums
+constexpr int kLongWarps = 16;     // and add_exact_long
+constexpr int64_t kAlone = kBlock; // most terms of a group that one thread adds up
 
-// partial[start[v] + g][d] = the sum of group g of row v of index_add (there are no more groups than terms), or that
-// sum raced into sums[v][d]. threadIdx.x is one of 32 columns, threadIdx.y one of 8 consecutive places of `position`,
-// each of which stands for the group of its number: the groups of one row are in flight together.
+// Rows of index_add whose groups are added up before the row is, by the length of their longest group.
+struct Lists {
+  int64_t *count, *rows[2];        // 0: up to kAlone terms, 1: longer; in exact order: rows of more than kFew terms
+};
+
+// Which list a row of n terms goes to, or -1.
+__device__ int list_of(const Reduction& r, int64_t n) {
+  if (r.order == Order::exact) return n > kFew ? 1 : -1;
+  const int64_t longest = n ? Groups(n, min(n, r.groups)).longest() : 0;
+  return longest > kAlone ? 1 : longest > kRows ? 0 : -1;
+}
+
+// In no order: every row has places of its own for its partial sums.
+__global__ void plan(Reduction r, Segments s, Lists lists) {
+  for (int64_t v = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; v < r.outer; v += int64_t(gridDim.x) * blockDim.x) {
+    const int list = list_of(r, s.start[v + 1] - s.start[v]);
+    if (list < 0) continue;
+    const auto place = atomicAdd(reinterpret_cast<unsigned long long*>(lists.count + list), 1ull);
+    lists.rows[list][place] = v;
+  }
+}
+
+// partial[start[v] + g][d] = the sum of group g of row v (there are no more groups than terms), one thread each. In
+// atomic order that sum is raced into sums[v][d] instead, for groups of all rows: the k-th place of `position` stands for
+// the group of its number, so that the groups of one row are in flight together.
 template <class T, class Acc>
-__global__ void group_sums(Reduction r, Segments s, const T* __restrict__ source, Acc* partial, Acc* sums) {
-  __shared__ Acc shared[kLanes][kLanes];
-  const int64_t columns = (r.inner + kLanes - 1) / kLanes, eights = (r.terms + kGroupWarps - 1) / kGroupWarps;
-  for (int64_t job = blockIdx.x; job < columns * eights; job += gridDim.x) {
-    const int64_t d = job % columns * kLanes + threadIdx.x;
-    for (int w = 0; w < kGroupWarps; ++w) {                    // all warps look at all eight, and agree
-      const int64_t k = job / columns * kGroupWarps + w;
-      if (k >= r.terms) break;
-      const int64_t v = s.index[s.position[k]];
-      if (v < 0 || v >= r.outer) continue;
-      const int64_t n = s.start[v + 1] - s.start[v], g = k - s.start[v], groups = min(n, r.groups);
-      if (g >= groups) continue;
-      const Group group = Groups(n, groups)[g];
-      const int64_t* position = s.position + s.start[v] + group.begin;
-      const bool alone = group.size <= kAlone;
-      if (alone && w != threadIdx.y) continue;
-      Acc sum = Acc(-0.0f);
-      if (alone) {
-        Acc lanes[kLanes];
-        int half = 1;
-        while (half < kLanes && half < group.size) half *= 2;
-        for (int lane = 0; lane < half; ++lane)
-          lanes[lane] = d < r.inner ? lane_sum<T, Acc>(source, position, group.size, lane, r.inner, d) : sum;
-        while (half /= 2)
-          for (int lane = 0; lane < half; ++lane) lanes[lane] = tree(lanes[lane], lanes[lane + half]);
-        sum = lanes[0];
-      } else {
-        for (int lane = threadIdx.y; lane < kLanes; lane += kGroupWarps)
-          shared[lane][threadIdx.x] =
-              d < r.inner ? lane_sum<T, Acc>(source, position, group.size, lane, r.inner, d) : sum;
-        __syncthreads();
-        if (threadIdx.y == w) {
-          for (int half = kLanes / 2; half > 0; half /= 2)
-            for (int lane = 0; lane < half; ++lane)
-              shared[lane][threadIdx.x] = tree(shared[lane][threadIdx.x], shared[lane + half][threadIdx.x]);
-          sum = shared[0][threadIdx.x];
-        }
-        __syncthreads();                                       // before shared is written again
-        if (threadIdx.y != w) continue;
-      }
-      if (d >= r.inner) continue;
-      if (sums) atomicAdd(sums + v * r.inner + d, sum);
-      else partial[k * r.inner + d] = sum;
+__global__ void group_sums(Reduction r, Segments s, Lists lists, const T* __restrict__ source, Acc* partial, Acc* sums) {
+  const int64_t columns = (r.inner + blockDim.x - 1) / blockDim.x, all = sums ? r.terms : *lists.count * r.groups;
+  for (int64_t job = blockIdx.x; job < columns * ((all + blockDim.y - 1) / blockDim.y); job += gridDim.x) {
+    const int64_t d = job % columns * blockDim.x + threadIdx.x, k = job / columns * blockDim.y + threadIdx.y;
+    if (d >= r.inner || k >= all) continue;
+    const int64_t v = sums ? s.index[s.position[k]] : lists.rows[0][k / r.groups];
+    if (v < 0 || v >= r.outer) continue;
+    const int64_t first = s.start[v], n = s.start[v + 1] - first, g = sums ? k - first : k % r.groups;
+    const int64_t groups = min(n, r.groups);
+    if (g < 0 || g >= groups) continue;
+    const Group group = Groups(n, groups)[g];
+    if (group.size > kAlone) continue;                         // long_sums adds it
+    Acc lanes[kLanes];
+    int half = 1;
+    while (half < kLanes && half < group.size) half *= 2;
+    for (int lane = 0; lane < half; ++lane)
+      lanes[lane] = lane_sum<T, Acc>(source, s.position + first + group.begin, group.size, lane, r.inner, d);
+    while (half /= 2)
+      for (int lane = 0; lane < half; ++lane) lanes[lane] = tree(lanes[lane], lanes[lane + half]);
+    if (sums) atomicAdd(sums + v * r.inner + d, lanes[0]);
+    else partial[(first + g) * r.inner + d] = lanes[0];
+  }
+}
+
+// The same for the long groups, one block each and blockDim.x columns, which with the lanes and some segments of the
+// rows (aligned, complete subtrees) make up its threads.
+template <class T, class Acc>
+__global__ void __launch_bounds__(kLongThreads)
+    long_sums(Reduction r, Segments s, Lists lists, const T* __restrict__ source, Acc* partial, Acc* sums) {
+  __shared__ Acc shared[kLongThreads];
+  const int width = blockDim.x, lane = threadIdx.y % kLanes, segments = blockDim.y / kLanes, seg = threadIdx.y / kLanes;
+  const int64_t columns = (r.inner + width - 1) / width;
+  Acc* const mine = shared + threadIdx.y * width + threadIdx.x;
+  for (int64_t job = blockIdx.x; job < columns * lists.count[1] * r.groups; job += gridDim.x) {
+    const int64_t d = job % columns * width + threadIdx.x, g = job / columns % r.groups;
+    const int64_t v = lists.rows[1][job / columns / r.groups], first = s.start[v];
+    const Group group = Groups(s.start[v + 1] - first, r.groups)[g];   // with so many terms there are r.groups
+    int64_t terms = kBlock;                                    // of a segment
+    while (terms * segments < group.size) terms *= 2;
+    const int64_t begin = seg * terms, n = d < r.inner ? min(terms, group.size - begin) : 0;
+    *mine = lane_sum<T, Acc>(source, s.position + first + group.begin + begin, n, lane, r.inner, d);
+    for (int apart = 1; apart < segments; apart *= 2) {
+      __syncthreads();
+      if (seg % (2 * apart) == 0) *mine = tree(*mine, mine[apart * kLanes * width]);
     }
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      __syncthreads();
+      if (seg == 0 && lane < half) *mine = tree(*mine, mine[half * width]);
+    }
+    if (threadIdx.y == 0 && d < r.inner) {
+      if (sums) atomicAdd(sums + v * r.inner + d, *mine);
+      else partial[(first + g) * r.inner + d] = *mine;
+    }
+    __syncthreads();                                           // before shared is written again
   }
 }
 
 // input + the groups of every output, one after the other or shuffled; or input + what was raced into sums.
 template <class T, class Acc>
-__global__ void add_groups(Reduction r, Segments s, const T* input, Acc* partial, const Acc* sums, T* out) {
+__global__ void add_rows(Reduction r, Segments s, const T* input, const T* source, Acc* partial, const Acc* sums, T* out) {
   const Key key{r.seed, r.device_step ? uint32_t(*r.device_step) : r.step, r.op};
   for (int64_t o = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; o < r.outputs();
        o += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t v = o / r.inner, n = s.start[v + 1] - s.start[v], groups = min(n, r.groups);
+    const int64_t v = o / r.inner, d = o % r.inner, first = s.start[v], n = s.start[v + 1] - first;
     if (n == 0) {
       out[o] = input[o];
       continue;
     }
-    Acc sum;
+    const Groups groups(n, min(n, r.groups));
+    const int count = int(min(n, r.groups));
+    Acc* p = partial + first * r.inner + d;
+    const bool here = list_of(r, n) < 0, shuffled = r.order == Order::shuffled;
+    const auto group_sum = [&](int g) {                        // of at most kRows terms
+      const Group group = groups[g];
+      const int64_t* position = s.position + first + group.begin;
+      Acc v[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) v[i] = i < group.size ? Acc(source[position[i] * r.inner + d]) : Acc(-0.0f);
+      halve<kRows>(v);
+      return v[0];
+    };
+    Acc sum = Acc(-0.0f);
     if (sums) {
       sum = sums[o];
+    } else if (here && !shuffled) {
+      for (int g = 0; g < count; ++g) sum = sum + group_sum(g);
     } else {
-      Acc* p = partial + s.start[v] * r.inner + o % r.inner;
-      if (r.order == Order::shuffled) shuffle(p, int(groups), r.inner, key, r.per_output ? uint64_t(o) : 0);
-      sum = p[0];
-      for (int64_t g = 1; g < groups; ++g) sum = sum + p[g * r.inner];
+      for (int g = 0; here && g < count; ++g) p[g * r.inner] = group_sum(g);
+      if (shuffled) shuffle(p, count, r.inner, key, r.per_output ? uint64_t(o) : 0);
+      for (int g = 0; g < count; ++g) sum = sum + p[g * r.inner];
     }
     out[o] = T(Acc(input[o]) + Acc(T(sum)));
   }
 }
 
-// The order "exact": one thread an output.
+// The order "exact": one thread an output,
 template <class T, class Acc>
 __global__ void add_exact(Reduction r, Segments s, const T* input, const T* source, T* out) {
   for (int64_t o = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; o < r.outputs();
        o += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t v = o / r.inner;
-    Exact exact;
-    exact.clear();
-    for (int64_t k = s.start[v]; k < s.start[v + 1]; ++k)
-      exact.add(double(source[s.position[k] * r.inner + o % r.inner]));
-    out[o] = s.start[v] == s.start[v + 1] ? input[o] : T(Acc(input[o]) + Acc(exact.template rounded<T>()));
+    const int64_t v = o / r.inner, d = o % r.inner, first = s.start[v], n = s.start[v + 1] - first;
+    if (list_of(r, n) >= 0) continue;
+    const T sum = sum_of_few<T>(n, [&](int64_t i) { return double(source[s.position[first + i] * r.inner + d]); });
+    out[o] = n == 0 ? input[o] : T(Acc(input[o]) + Acc(sum));
+  }
+}
+
+// or a block for one of a longer row, or (ACROSS) for 32.
+template <class T, class Acc, bool ACROSS>
+__global__ void add_exact_long(Reduction r, Segments s, Lists lists, const T* input, const T* source, T* out) {
+  constexpr int kOutputs = ACROSS ? kLanes : 1;
+  __shared__ Exact shared[kOutputs];
+  const int thread = threadIdx.y * kLanes + threadIdx.x;
+  const int64_t columns = (r.inner + kOutputs - 1) / kOutputs;
+  for (int64_t job = blockIdx.x; job < columns * lists.count[1]; job += gridDim.x) {
+    const int64_t v = lists.rows[1][job / columns], d = job % columns * kOutputs + (ACROSS ? threadIdx.x : 0);
+    const int64_t* position = s.position + s.start[v];
+    add_exactly<ACROSS>(shared, d < r.inner, 0, s.start[v + 1] - s.start[v],
+                        [&](int64_t i) { return double(source[position[i] * r.inner + d]); });
+    const int64_t o = v * r.inner + job % columns * kOutputs + thread;
+    if (thread < kOutputs && o < (v + 1) * r.inner)
+      out[o] = T(Acc(input[o]) + Acc(shared[thread].template rounded<T>()));
+    __syncthreads();
   }
 }
 
@@ -495,7 +637,26 @@ struct Sum {
                     (longest + kLanes - 1) / kLanes, lanes};
     const T* terms = static_cast<const T*>(x.const_data_ptr());
     const bool across = r.inner_stride == 1 && r.term_stride != 1 && r.inner >= kNarrowest;
-    return across ? sum_rows<true>(rows, terms) : sum_rows<false>(rows, terms);
+    if (across) return sum_rows<true>(rows, terms);
+    switch (rows.rows > 1 ? 0 : lanes) {
+      case 1: return short_rows<1>(rows, terms);
+      case 2: return short_rows<2>(rows, terms);
+      case 4: return short_rows<4>(rows, terms);
+      case 8: return short_rows<8>(rows, terms);
+      case 16: return short_rows<16>(rows, terms);
+      case 32: return short_rows<32>(rows, terms);
+      default: return sum_rows<false>(rows, terms);
+    }
+  }
+
+  template <int LANES>
+  Tensor short_rows(const Rows& rows, const T* terms) const {
+    constexpr int threads = 256;
+    Tensor sums = scratch(rows.tasks);
+    short_sums<LANES, T, Acc><<<grid((rows.tasks + threads - 1) / threads), threads, 0, stream>>>(
+        rows, terms, static_cast<Acc*>(sums.mutable_data_ptr()));
+    check(cudaGetLastError());
+    return sums;
   }
 
   template <class P>
@@ -537,15 +698,21 @@ struct Sum {
   template <bool ACROSS>
   void exact() const {
     T* result = static_cast<T*>(out.mutable_data_ptr());
+    if (r.terms <= kFew) {
+      exact_few<T><<<grid((r.outputs() + 127) / 128), 128, 0, stream>>>(
+          r, static_cast<const T*>(x.const_data_ptr()), result);
+      return check(cudaGetLastError());
+    }
     const int64_t columns = ACROSS ? (r.outputs() + kLanes - 1) / kLanes : r.outputs();
     // Few outputs: blocks share their terms.
     const int64_t most = std::max<int64_t>(1, (1 << 12) / columns);
-    const int64_t piece = std::max(kExactPiece, (r.terms + most - 1) / most), pieces = (r.terms + piece - 1) / piece;
+    const int64_t piece = std::max(ACROSS ? kExactPiece / kLanes : kExactPiece, (r.terms + most - 1) / most);
+    const int64_t pieces = (r.terms + piece - 1) / piece;
     Tensor sums = torch::stable::new_empty(x, {pieces == 1 ? 0 : r.outputs() * int64_t(sizeof(Exact) / sizeof(int64_t))},
                                            ScalarType::Long);
     if (pieces > 1) sums = torch::stable::zero_(sums);
     Exact* whole = static_cast<Exact*>(sums.mutable_data_ptr());
-    exact_sums<T, ACROSS><<<grid(columns * pieces), dim3(kLanes, kExactWarps), 0, stream>>>(
+    exact_sums<T, ACROSS><<<grid(columns * pieces), dim3(kLanes, 4), 0, stream>>>(
         r, static_cast<const T*>(x.const_data_ptr()), result, whole, piece, pieces);
     check(cudaGetLastError());
     if (pieces == 1) return;
@@ -569,27 +736,50 @@ template <class T>
 void index_add(const Reduction& r, const Segments& s, const Tensor& input, const Tensor& source, Tensor& out,
                cudaStream_t stream) {
   using Acc = typename AccType<T>::type;
+  constexpr ScalarType accumulated = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
   const T *in = static_cast<const T*>(input.const_data_ptr()), *terms = static_cast<const T*>(source.const_data_ptr());
   T* result = static_cast<T*>(out.mutable_data_ptr());
-  constexpr int threads = 128;
-  const int blocks = grid((r.outputs() + threads - 1) / threads);
-  if (r.order == Order::exact) {
-    add_exact<T, Acc><<<blocks, threads, 0, stream>>>(r, s, in, terms, result);
+  const bool exact = r.order == Order::exact, race = r.order == Order::atomic;
+
+  const int64_t most = std::min(r.outer, r.terms / kRows);   // rows in a list, each of which has more than kRows terms
+  Tensor memory = torch::stable::new_empty(input, {2 + 2 * most}, ScalarType::Long);
+  memory = torch::stable::zero_(memory);
+  int64_t* const begin = static_cast<int64_t*>(memory.mutable_data_ptr());
+  const Lists lists{begin, {begin + 2, begin + 2 + most}};
+  plan<<<grid((r.outer + kThreads - 1) / kThreads), kThreads, 0, stream>>>(r, s, lists);
+  check(cudaGetLastError());
+
+  const int outputs = grid((r.outputs() + kThreads - 1) / kThreads);
+  const auto busy = [&](int64_t columns, int64_t shortest) {   // blocks where only a list knows how much there is to do
+    const int64_t rows = std::min(r.outer, r.terms / shortest), groups = exact ? 1 : std::min(r.groups, r.terms);
+    return grid(std::min<int64_t>(1 << 12, columns * rows * groups));
+  };
+  if (exact) {
+    add_exact<T, Acc><<<outputs, kThreads, 0, stream>>>(r, s, in, terms, result);
+    check(cudaGetLastError());
+    const int blocks = busy(r.inner, kFew);
+    if (r.inner < kNarrowest)
+      add_exact_long<T, Acc, false><<<blocks, dim3(kLanes, kLongWarps), 0, stream>>>(r, s, lists, in, terms, result);
+    else
+      add_exact_long<T, Acc, true><<<blocks, dim3(kLanes, kLongWarps), 0, stream>>>(r, s, lists, in, terms, result);
     return check(cudaGetLastError());
   }
-  const bool race = r.order == Order::atomic;
-  Tensor scratch = torch::stable::new_empty(input, {race ? r.outputs() : r.terms * r.inner},
-                                            std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float);
+  Tensor scratch = torch::stable::new_empty(input, {race ? r.outputs() : r.terms * r.inner}, accumulated);
   Acc* partial = static_cast<Acc*>(scratch.mutable_data_ptr());
   Acc* sums = race ? partial : nullptr;
   if (race) {
-    fill<T, Acc><<<blocks, threads, 0, stream>>>(sums, r.outputs(), Acc(-0.0f));
+    fill<T, Acc><<<outputs, kThreads, 0, stream>>>(sums, r.outputs(), Acc(-0.0f));
     check(cudaGetLastError());
   }
-  const int64_t jobs = (r.inner + kLanes - 1) / kLanes * ((r.terms + kGroupWarps - 1) / kGroupWarps);
-  group_sums<T, Acc><<<grid(jobs), dim3(kLanes, kGroupWarps), 0, stream>>>(r, s, terms, partial, sums);
+  int width = 1;
+  while (width < kLanes && width < r.inner) width *= 2;
+  const int64_t columns = (r.inner + width - 1) / width, each = kThreads / width;
+  const int blocks = race ? grid(columns * ((r.terms + each - 1) / each)) : busy(columns, kRows);
+  group_sums<T, Acc><<<blocks, dim3(width, kThreads / width), 0, stream>>>(r, s, lists, terms, partial, sums);
   check(cudaGetLastError());
-  add_groups<T, Acc><<<blocks, threads, 0, stream>>>(r, s, in, partial, sums, result);
+  long_sums<T, Acc><<<busy(columns, kAlone), dim3(width, kLongThreads / width), 0, stream>>>(r, s, lists, terms, partial, sums);
+  check(cudaGetLastError());
+  add_rows<T, Acc><<<outputs, kThreads, 0, stream>>>(r, s, in, terms, partial, sums, result);
   check(cudaGetLastError());
 }
 

@@ -19,6 +19,7 @@
 #define __global__
 #define __device__
 #define __shared__ static
+#define __launch_bounds__(threads)
 #define aoti_torch_get_current_cuda_stream(device, stream) AOTI_TORCH_SUCCESS
 
 struct dim3 {

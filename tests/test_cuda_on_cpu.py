@@ -21,7 +21,7 @@ def on_cpu(source):
     """kernel<<<grid, block, 0, stream>>>(arguments); becomes a call of cuda_on_cpu::launch."""
     source = source.replace("<cuda_runtime.h>", '"cuda_on_cpu.h"')
     source = source.replace("torch::stable::accelerator::DeviceGuard", "cuda_on_cpu::DeviceGuard")
-    source, launches = re.subn(r"(\w+<[^;{}]*?>)<<<(.+?), 0, stream>>>\((.*?)\);",
+    source, launches = re.subn(r"(\w+(?:<[^;{}]*?>)?)<<<(.+?), 0, stream>>>\((.*?)\);",
                                r"cuda_on_cpu::launch(\2, [&] { \1(\3); });", source, flags=re.DOTALL)
     assert launches == source.count("cuda_on_cpu::launch") > 10 and "<<<" not in source
     return source
@@ -49,7 +49,7 @@ def emulated(tmp_path_factory):
 # (shape, dims), chosen to meet every branch: rows and columns, short and long groups, one and several pieces.
 SHAPES = [((1,), 1), ((31,), 1), ((5000,), 1), ((300_000,), 1), ((7, 1000), 2), ((1000, 7), 1),
           ((40, 300), 2), ((300, 40), 1), ((2100, 33), 1), ((70_000, 9), 1), ((3, 65, 20), 2),
-          ((3, 17, 5), 0b101), ((4, 6, 8), -1), ((165, 30_000), 2)]
+          ((3, 17, 5), 0b101), ((4, 6, 8), -1), ((165, 30_000), 2), ((60, 200), 2), ((90, 100), 2), ((90, 50), 2)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -66,13 +66,14 @@ def test_sums_have_the_bits_of_the_cpu(emulated, shape, dims, dtype):
         assert same_bits(emulated.sum_forward(*arguments), expected), (order, per_output, splits)
 
 
-def test_exact_of_what_a_gpu_must_not_get_wrong(emulated):
+@pytest.mark.parametrize("terms", [700, 100])
+def test_exact_of_what_a_gpu_must_not_get_wrong(emulated, terms):
     inf, nan, tiny, huge = float("inf"), float("nan"), 5e-324, 1.7e308
     rows = [[-0.0, -0.0], [-0.0, 0.0], [tiny, -tiny], [tiny, tiny], [huge, huge], [huge, -huge, huge], [inf, 1.0],
             [inf, -inf], [nan, 1.0], [1.0, 1e-30, -1.0], [1e300, 1.0, -1e300]]
-    x = torch.full((len(rows), 700), -0.0, dtype=torch.float64)
-    for row, terms in zip(x, rows, strict=True):
-        row[torch.randperm(700)[:len(terms)]] = torch.tensor(terms, dtype=torch.float64)
+    x = torch.full((len(rows), terms), -0.0, dtype=torch.float64)
+    for row, some in zip(x, rows, strict=True):
+        row[torch.randperm(terms)[:len(some)]] = torch.tensor(some, dtype=torch.float64)
     for y, dims in ((x, 2), (x.T.contiguous(), 1), (x.float(), 2), (x.half().T.contiguous(), 1)):
         emulated.schedule(1)
         arguments = (y, dims, False, 8, EXACT)
@@ -110,7 +111,8 @@ def test_arrival_is_replayed_by_the_cpu(emulated, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows, terms, width", [(1, 1, 1), (50, 400, 1), (50, 400, 33), (3, 5000, 2), (2000, 300, 5)])
+@pytest.mark.parametrize("rows, terms, width", [(1, 1, 1), (50, 400, 1), (50, 400, 33), (3, 5000, 2), (2000, 300, 5),
+                                                (30, 3000, 1), (1, 40_000, 1), (4, 9000, 40)])
 def test_index_add_has_the_bits_of_the_cpu(emulated, rows, terms, width, dtype):
     torch.manual_seed(0)
     into, source = torch.randn(rows, width).to(dtype), torch.randn(terms, width).to(dtype)
