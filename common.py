@@ -3,6 +3,7 @@
 import argparse
 import concurrent.futures
 import csv
+import datetime
 import hashlib
 import importlib.util
 import json
@@ -21,6 +22,8 @@ from tqdm import tqdm
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # as torchrun sets them
 DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagefolder")
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # its 97.5 % points, by degrees of freedom
+NO_CUDA = ("ordered_reduce was built without CUDA kernels (put nvcc on PATH and `pip install -e csrc "
+           "--force-reinstall --no-deps`)")
 CLASSES = {"digits": 10, "mnist": 10, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100}
 
 
@@ -86,15 +89,18 @@ def add_files(parser, name, kept):
                        help="also log to DIR/tensorboard (pip install tensorboard)")
 
 
-def check_common(args, defaults=None):
-    """Checks what add_data and add_files added, and fills in the defaults of the data set."""
+def check_common(args, defaults=None, cuda=True):
+    """Checks what add_data and add_files added, fills in the defaults of the data set, and joins torchrun's processes.
+    cuda: whether the experiment could use a GPU."""
     need(args.dataset in DATASETS, "--dataset", repr(args.dataset), f"one of {', '.join(DATASETS)}")
     for name, value in (defaults or {}).get(args.dataset, {}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     need(args.image_size is None or args.image_size >= 1, "--image-size", args.image_size, "at least 1")
     if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = "cuda" if cuda and torch.cuda.is_available() else "cpu"
+        if not cuda and torch.cuda.is_available():
+            print(f"note: on the CPU; a GPU is here, but {NO_CUDA}", file=sys.stderr)
     if args.device == "cuda" and PROCESSES > 1:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -103,6 +109,14 @@ def check_common(args, defaults=None):
     except (RuntimeError, AssertionError) as error:
         fail(f"argument --device: {args.device!r} cannot be used ({str(error).splitlines()[0][:100]}); try cpu")
     need(device.type in ("cpu", "cuda"), "--device", repr(args.device), "auto, cpu or cuda")
+    need(cuda or device.type == "cpu", "--device", args.device, f"cpu, since {NO_CUDA}")
+    if PROCESSES > 1 and not torch.distributed.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        both = device.type == "cuda" and torch.distributed.is_nccl_available()
+        # Processes that share out runs wait for one another as long as a run takes.
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo",
+                                             timeout=datetime.timedelta(days=30))
     need(not args.tensorboard or importlib.util.find_spec("tensorboard"), "--tensorboard", "it",
          "installed first: pip install tensorboard")
 
@@ -113,8 +127,18 @@ def load_data(dataset, data_dir, image_size=None):
     digits (every fifth image is test) comes with this repository; the torchvision sets are read from data_dir and
     downloaded into it where they are absent; imagefolder is any data_dir/{train,test}/<class>/ tree of images, decoded
     once, mixed (it comes by class) and cached beside it, resized to image_size (default: the first image's). Bad data:
-    one line and exit 2.
+    one line and exit 2. Of torchrun's processes the first of a machine goes ahead, since it may have to download.
     """
+    follows = PROCESSES > 1 and os.environ["LOCAL_RANK"] != "0"
+    if follows:
+        torch.distributed.barrier()
+    loaded = _load_data(dataset, data_dir, image_size)
+    if PROCESSES > 1 and not follows:
+        torch.distributed.barrier()
+    return loaded
+
+
+def _load_data(dataset, data_dir, image_size):
     if dataset == "digits":
         digits = np.load(pathlib.Path(__file__).parent / "data" / "digits.npz")
         images, labels = torch.from_numpy(digits["images"])[:, None], torch.from_numpy(digits["labels"]).long()
@@ -239,9 +263,13 @@ def run_directory(out, default, resume):
 
 def start_run(args, default, may_differ=()):
     """The directory of this run, with its config.json. A resumed run has the arguments it was made with, but for
-    may_differ and what decides no number; otherwise: one line and exit 2. torchrun's processes get one directory."""
-    if PROCESSES > 1:
-        torch.distributed.init_process_group("gloo")
+    may_differ and what decides no number; otherwise: one line and exit 2. torchrun's processes get one directory.
+
+    A GPU is asked to repeat itself and for full precision; an experiment may ask for something else after this.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     made = [_start_run(args, default, may_differ) if RANK == 0 else None]
     if PROCESSES > 1:
         torch.distributed.broadcast_object_list(made)
@@ -252,6 +280,7 @@ def _start_run(args, default, may_differ):
     out = run_directory(args.out, default, args.resume)
     unrecorded = ("out", "resume", "plot_only", "tensorboard", "data_dir")
     arguments = {key: value for key, value in vars(args).items() if key not in unrecorded}
+    arguments["device"] = torch.device(args.device).type   # torchrun numbers them
     if args.resume:
         was = json.loads((out / "config.json").read_text())["arguments"]
         other = [f"--{key.replace('_', '-')} {was.get(key)}" for key, value in arguments.items()

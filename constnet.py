@@ -25,7 +25,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -174,7 +173,7 @@ def parse_arguments(argv, more=()):
     if args.arch == "leakynet" or args.leakynet_study:   # the authors'
         args.lr = 0.03 if args.lr is None else args.lr
         args.warmup = 0.0 if args.warmup is None else args.warmup
-    common.check_common(args, DEFAULTS)
+    common.check_common(args, DEFAULTS, ordered_reduce.cuda_built())
     check_arguments(args)
     return args
 
@@ -221,8 +220,6 @@ def check_arguments(args):
     if args.order_steps is not None:
         need(0 <= args.order_steps[0] < args.order_steps[1], "--order-steps", args.order_steps,
              "FIRST END with 0 <= FIRST < END: the window would be empty")
-    need(device.type == "cpu" or ordered_reduce.cuda_built(), "--device", args.device,
-         "cpu, since ordered_reduce was built without CUDA kernels (put nvcc on PATH and `pip install -e csrc` again)")
     need(args.precision != "tf32" or device.type == "cuda", "--precision", "tf32", "fp32 or bf16 on the CPU")
 
 
@@ -398,7 +395,7 @@ class Symmetry:
     """How far the output channels of each convolution are from being copies of one another.
 
     The head is left out: its outputs are the classes. A measure is many small operations, so the weights of several
-    steps are kept and measured together, layers of one shape at a time; nothing waits for the device before that.
+    steps are kept and measured together, layers of one shape at a time. Nothing waits for the device before `flush`.
     """
 
     def __init__(self, model):
@@ -407,10 +404,11 @@ class Symmetry:
         for name, weight in self.weights.items():
             self.alike.setdefault(weight.shape, []).append(name)
         self.first_broken = dict.fromkeys(self.weights, -1)
-        self.rows = []                                    # not measured yet
-        self.unsettled = []                               # (step, layers, whether each is broken) not looked at yet
-        size = sum(weight.numel() for weight in self.weights.values())
-        self.kept = self.weights["stem"].new_empty(max(1, min(16, (1 << 22) // size)), size)   # the weights for rows
+        self.rows = []                                    # whose weights are kept, but not measured
+        self.measured = []                                # (rows, layers, measures) that the rows do not have yet
+        self.watched = []                                 # (step, layers, whether each is broken) not looked at yet
+        stem, size = self.weights["stem"], sum(weight.numel() for weight in self.weights.values())
+        self.kept = stem.new_empty(max(1, min(16, (1 << (28 if stem.is_cuda else 22)) // size)), size)
         # Two filters are taken for equal where a random linear form of their bits agrees: wrong once in 2^32.
         longest = max(weight[0].numel() for weight in self.weights.values())
         generator = torch.Generator().manual_seed(0)
@@ -424,14 +422,7 @@ class Symmetry:
         whole = [name for name, first in self.first_broken.items() if first < 0]
         if whole:
             apart = [(weight != weight[:1]).any() for weight in map(self.weights.get, whole)]
-            self.unsettled.append((step, whole, torch.stack(apart)))
-        if len(self.unsettled) == 32:
-            self.settle()
-
-    def settle(self):
-        for step, names, apart in self.unsettled:
-            self.note(step, (name for name, broken in zip(names, apart.tolist(), strict=True) if broken))
-        self.unsettled.clear()
+            self.watched.append((step, whole, torch.stack(apart)))
 
     def note(self, step, names):
         for name in names:
@@ -440,20 +431,15 @@ class Symmetry:
 
     @torch.no_grad()
     def measure(self, row):
-        """Adds {measure/layer: value} to the row, and makes its tensors numbers, now or by the next `flush`."""
+        """By the next `flush` the row has {measure/layer: value}, and its tensors are numbers."""
         weights = [self.weights[name].flatten() for names in self.alike.values() for name in names]
         torch.cat(weights, out=self.kept[len(self.rows)])
         self.rows.append(row)
         if len(self.rows) == len(self.kept):
-            self.flush()
+            self.measure_kept()
 
     @torch.no_grad()
-    def flush(self):
-        self.settle()
-        if not self.rows:
-            return
-        for row in self.rows:
-            row.update({key: float(value) for key, value in row.items() if isinstance(value, torch.Tensor)})
+    def measure_kept(self):
         sizes = [len(names) * shape.numel() for shape, names in self.alike.items()]
         kept = self.kept[: len(self.rows)].split(sizes, 1)
         for (shape, names), weight in zip(self.alike.items(), kept, strict=True):
@@ -465,13 +451,23 @@ class Symmetry:
             measures = {"distinct_filters": distinct, "spread": (apart / size).where((distinct > 1) & (size > 0), 0.0),
                         "forward_correlation": mean_correlation(filters),
                         "backward_correlation": mean_correlation(weight.transpose(2, 3).flatten(3))}
+            self.measured.append((self.rows, names, measures))
+        self.rows = []
+
+    def flush(self):
+        if self.rows:
+            self.measure_kept()
+        for step, names, apart in self.watched:
+            self.note(step, (name for name, broken in zip(names, apart.tolist(), strict=True) if broken))
+        for rows, names, measures in self.measured:
             for measure, values in measures.items():
-                for row, found in zip(self.rows, values.tolist(), strict=True):
+                for row, found in zip(rows, values.tolist(), strict=True):
                     for name, value in zip(names, found, strict=True):
                         row[f"{measure}/{name}"] = None if value != value else value
-        for row in self.rows:
-            self.note(row["step"], (name for name in self.weights if row[f"distinct_filters/{name}"] > 1))
-        self.rows.clear()
+            for row in rows:
+                row.update({key: float(value) for key, value in row.items() if isinstance(value, torch.Tensor)})
+                self.note(row["step"], (name for name in names if row[f"distinct_filters/{name}"] > 1))
+        self.watched.clear(), self.measured.clear()
 
     def summary(self, step):
         self.measure(last := {"step": step})
@@ -550,7 +546,8 @@ def evaluate(model, images, labels, normalise, autocast):
     """
     model.eval()
     loss = correct = active = 0
-    for x, y in zip(images.split(1000), labels.split(1000), strict=True):
+    some = max(1, min(1000, (1 << 20) // images[0, 0].numel()))   # fewer of large images
+    for x, y in zip(images.split(some), labels.split(some), strict=True):
         with autocast():
             features = model.features(normalise(x))
             logits = model.head(features).float()
@@ -690,7 +687,8 @@ def train(args, name, seed, data, out):
 
     def save_weights(path):
         if rank == 0:
-            common.save_atomically(path, lambda temporary: torch.save(model.state_dict(), temporary))
+            state = {key: tensor.cpu() for key, tensor in model.state_dict().items()}
+            common.save_atomically(path, lambda temporary: torch.save(state, temporary))
 
     def add_gradient(chosen, purpose):
         """Adds the gradient of the loss of these images to the parameters'; returns the loss."""
@@ -1041,12 +1039,14 @@ def main(argv=None):
     args = parse_arguments(argv)
     if args.plot_only:
         return report(args.plot_only)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
     @functools.cache
     def load(dataset):
         *tensors, classes = common.load_data(dataset, args.data_dir, args.image_size)
-        return [tensor.to(args.device) for tensor in tensors] + [classes]
+        try:
+            return [tensor.to(args.device) for tensor in tensors] + [classes]
+        except torch.OutOfMemoryError:
+            common.fail(f"argument --image-size, --device: the images of {dataset} do not fit in the device's memory")
 
     todo = arms(args, argv)
     for arm in todo.values():   # what does not fit the data or the model is found before anything is written

@@ -11,8 +11,9 @@ spread over the seeds; features.png draws what the paper argues about, the numbe
     torchrun --nproc-per-node 2 mlp_replicated.py   # the seeds are shared out over processes, and GPUs
 
 All cells (N, K, noise, dropout) of a seed train together as batched matrix products, on the same batches in the same
-order; a cell's numbers do not depend on the other cells. Every run writes config.json, metrics.csv (a row per cell,
-seed and logged step), summary.json, figure1.png, figure3.png and features.png; seeds/ holds the finished seeds.
+order; on the CPU a cell's numbers do not depend on the other cells. Every run writes config.json, metrics.csv (a row
+per cell, seed and logged step), summary.json, figure1.png, figure3.png and features.png; seeds/ holds the finished
+seeds.
 Exit status: 0 done, 2 bad input, 3 a cell diverged (its test error is left empty), 130 interrupted (finished seeds are
 kept).
 """
@@ -83,7 +84,7 @@ def parse_arguments(argv=None):
 
     common.add_files(parser, "mlp_replicated/DATASET", "finished cells are kept, and the grid may have grown")
     args = parser.parse_args(argv)
-    common.check_common(args, DEFAULTS)
+    common.check_common(args, DEFAULTS, args.order == "native" or ordered_reduce.cuda_built())
     check_arguments(args)
     return args
 

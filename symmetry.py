@@ -80,7 +80,7 @@ def parse_arguments(argv=None):
     how.add_argument("--lr", type=float, default=0.2, metavar="RATE", help="default: 0.2")
     common.add_files(parser, "symmetry/DATASET", "finished runs are kept")
     args = parser.parse_args(argv)
-    common.check_common(args)
+    common.check_common(args, cuda=ordered_reduce.cuda_built())
     need = common.need
     need(set(args.parts) <= set(PARTS), "--parts", " ".join(args.parts), f"of {', '.join(PARTS)}")
     common.at_least_1(args, "splits", "seeds", "steps", "batch_size")
@@ -96,8 +96,6 @@ def parse_arguments(argv=None):
         need(a.isdecimal() and b.isdecimal() and int(a) < int(b), "--windows", window, "A:B with 0 <= A < B")
     names = layer_names(args.blocks)
     need(args.bit_layer in names, "--bit-layer", args.bit_layer, f"one of {', '.join(names)}")
-    need(args.device == "cpu" or ordered_reduce.cuda_built(), "--device", args.device,
-         "cpu, since ordered_reduce was built without CUDA kernels (put nvcc on PATH and `pip install -e csrc` again)")
     return args
 
 
@@ -423,8 +421,6 @@ def main(argv=None):
         common.fail(f"argument --batch-size: {args.batch_size} is more than the {len(tensors[1])} training images")
     data = [tensor.to(args.device) for tensor in tensors] + [classes]
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.utils.deterministic.fill_uninitialized_memory = False
 
     out = common.start_run(args, f"runs/symmetry/{args.dataset}",

@@ -3,8 +3,8 @@ small cases, and measures, all in one run, `sum` against a device-to-device copy
 against PyTorch's two, the ordered layers against the matrix rate and native's, a Constnet step of every order against
 native's, images per second at width 10; and trains the README's first command.
 
-    python bench/gpu.py [--out results/gpu]        # under 8 minutes
-    python bench/gpu.py --only compiled            # the step under torch.compile, some minutes more
+    python bench/gpu.py [--out results/gpu]        # 8 minutes at most: what comes too late is skipped
+    python bench/gpu.py --only training compiled   # what was skipped; the step under torch.compile, some minutes more
 
 Writes gpu.json and gpu.md there after every part, and constnet/ (the training); what was skipped stands in both, with
 the reason. --only runs some parts and keeps the others' numbers. Reach: sum fixed at least 0.9 of the bandwidth of a
@@ -15,10 +15,12 @@ step fixed or shuffled at most 1.10 times native's. Exit status 2: no CUDA devic
 import argparse
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,17 +34,19 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "csrc"))
 import common
 
 ROOT = pathlib.Path(common.__file__).parent
+END = time.perf_counter() + (math.inf if "--only" in sys.argv else 470)
 
 
 def shell(*command, seconds, **environment):
     """(exit status or None where the time ran out, last lines of the output)"""
+    seconds = max(1, min(seconds, END - time.perf_counter()))
     with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True) as process:
+                          stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
         try:
             said, status = process.communicate(timeout=seconds)[0], process.returncode
         except subprocess.TimeoutExpired:
-            process.kill()
-            said, status = process.communicate()[0] + f"\nstopped after {seconds} seconds", None
+            os.killpg(process.pid, signal.SIGKILL)   # what it started as well
+            said, status = process.communicate()[0] + f"\nstopped after {seconds:.0f} seconds", None
     return status, said.strip().splitlines()[-24:]
 
 
@@ -157,12 +161,14 @@ def layers(device, batch=128, size=32, widths=(160, 320, 640)):
     """Forward and backward of the convolutions of Constnet x10, against the rate of a large matrix product."""
     import ordered_reduce
 
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     square = torch.randn(8192 if device == "cuda" else 512, device=device).expand(8192 if device == "cuda" else 512, -1)
     square = square.contiguous()
     rate = 2 * len(square) ** 3 / median_seconds(lambda: square @ square)
     rows = [{"what": "matrix product, float32", "teraflops": rate / 1e12}]
     for stage, width in enumerate(widths):
-        x = torch.randn(batch, width, size >> stage, size >> stage, device=device, requires_grad=True)
+        x = torch.randn(batch, width, size >> stage, size >> stage, device=device)
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
         weight = torch.randn(width, width, 3, 3, device=device, requires_grad=True)
         operations = 6 * batch * (size >> stage) ** 2 * width ** 2 * 9
 
@@ -294,12 +300,17 @@ def main():
         if name not in args.only if args.only else part is compiled:
             continue
         started = time.perf_counter()
-        if part in (build, tests, sanitizer):
+        if started > END - 30:
+            result[name] = {"skipped": f"no time was left: --only {name}"}
+        elif part in (build, tests, sanitizer):
             result[name] = part()
         else:
-            import ordered_reduce
-
-            result[name] = ({"skipped": "ordered_reduce has no CUDA kernels"} if not ordered_reduce.cuda_built() else
+            try:
+                import ordered_reduce
+                missing = None if ordered_reduce.cuda_built() else "ordered_reduce has no CUDA kernels"
+            except ImportError as error:
+                missing = str(error)
+            result[name] = ({"skipped": missing} if missing else
                             part(args.out.resolve()) if part is training else part("cuda"))
         print(f"{name}: {time.perf_counter() - started:.0f} seconds", flush=True)
         file.write_text(json.dumps(result, indent=1) + "\n")

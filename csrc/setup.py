@@ -25,6 +25,15 @@ def toolkit():
     return os.path.realpath(top.group(1)) if top else None
 
 
+def release(home):
+    """The toolkit's version, such as "13.0"; "" where its nvcc does not run."""
+    try:
+        said = subprocess.run([os.path.join(home, "bin", "nvcc"), "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return ""
+    return "".join(re.findall(r"release ([\d.]+)", said))
+
+
 home = toolkit()
 if home:
     os.environ["CUDA_HOME"] = home   # read by torch.utils.cpp_extension when it is imported
@@ -36,6 +45,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 wanted = os.environ.get("ORDERED_REDUCE_CUDA", "auto")
 missing = ("nvcc was not found" if home is None else
            "this PyTorch is built without CUDA" if torch.version.cuda is None else
+           f"{home} is CUDA {version or 'without nvcc'}, and this PyTorch is built for CUDA {torch.version.cuda}"
+           if (version := release(home)).split(".")[0] != torch.version.cuda.split(".")[0] else
            "ORDERED_REDUCE_CUDA=0" if wanted == "0" else None)
 if missing and wanted == "1":
     sys.exit(f"ORDERED_REDUCE_CUDA=1, but {missing}")

@@ -19,6 +19,13 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def deterministic_cudnn(monkeypatch):
+    """Else the library's partial gradients may differ from run to run before their order of additions matters."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def run():
     """run("constnet.py", "--epochs", 1, ...) -> the finished process, its output as text; processes: torchrun's."""

@@ -349,7 +349,7 @@ def test_table_1_sets_every_row():
 
 
 def test_a_study_is_shared_out_and_writes_its_table(tmp_path, run):
-    arguments = (*QUICK, "--table1", "--blocks", 3)
+    arguments = (*QUICK, "--device", "cpu", "--table1", "--blocks", 3)
     for name, processes in (("one", 1), ("two", 2)):
         done = run("constnet.py", *arguments, "--out", tmp_path / name, processes=processes)
         assert done.returncode == 0, done.stderr
@@ -402,7 +402,7 @@ def test_figure_2_has_both_starts_on_both_data_sets(tmp_path, run):
 
 def test_two_processes_train_as_one(tmp_path, run):
     """Without batch norm the mean of two halves' gradients is the whole batch's: the same training but for rounding."""
-    arguments = (*QUICK, "--order", "fixed", "--init", "ab", "--norm", "fixup", "--lr", 0.05)
+    arguments = (*QUICK, "--device", "cpu", "--order", "fixed", "--init", "ab", "--norm", "fixup", "--lr", 0.05)
     for name, processes in (("one", 1), ("two", 2)):
         done = run("constnet.py", *arguments, "--out", tmp_path / name, processes=processes)
         assert done.returncode == 0, done.stderr
@@ -426,7 +426,7 @@ def test_two_processes_with_synchronised_batch_norm_train_as_one(tmp_path, run):
 
 
 def test_shards_have_the_same_bits_on_any_number_of_processes(tmp_path, run):
-    arguments = (*QUICK, "--shards", 4, "--dropout", 0.1, "--augment", "--mixup", 1)
+    arguments = (*QUICK, "--device", "cpu", "--shards", 4, "--dropout", 0.1, "--augment", "--mixup", 1)
     for processes in (1, 2, 4):
         done = run("constnet.py", *arguments, "--out", tmp_path / str(processes), processes=processes,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -193,7 +193,7 @@ def test_script_resume_and_plot_only(run, tmp_path):
 
 
 def test_torchrun_gives_the_same_files(run, tmp_path):
-    arguments = (*QUICK, "--scaling", "unit", "increasing", "--lr", 0.001, 0.003)
+    arguments = (*QUICK, "--device", "cpu", "--scaling", "unit", "increasing", "--lr", 0.001, 0.003)
     assert run("depth_init.py", *arguments, "--out", tmp_path / "one").returncode == 0
     done = run("depth_init.py", *arguments, "--out", tmp_path / "two", processes=2)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ ORDERS = ["fixed", "shuffled", "atomic", "exact", "arrival", "native"]
 
 def network():
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding="same", padding_mode="reflect", bias=False),
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding="same", padding_mode="circular", bias=False),
         nn.Conv2d(8, 16, 2, stride=2, groups=4, dilation=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(16, 5))
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import common
 import mlp_replicated
 
-QUICK = ("--widths", 4, 8, "--noise", 0, "--seeds", 3, "--steps", 40)   # 7 cells
+QUICK = ("--widths", 4, 8, "--noise", 0, "--seeds", 3, "--steps", 40, "--device", "cpu")   # 7 cells
 
 
 def digits():

@@ -187,7 +187,7 @@ def test_script_noise_part_and_two_processes(run, tmp_path):
     rows, racing = [], {symmetry.HARDWARE, symmetry.RECORDED}
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        done = run("symmetry.py", *QUICK, "--parts", "noise", "--out", out, processes=processes)
+        done = run("symmetry.py", *QUICK, "--device", "cpu", "--parts", "noise", "--out", out, processes=processes)
         assert done.returncode == 0, done.stderr
         rows.append([row for row in symmetry.read_rows(out / "metrics.csv") if row["arm"] not in racing])
     assert rows[0] == rows[1] and len(rows[0]) == 6 * 2 * 6
