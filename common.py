@@ -349,7 +349,8 @@ def environment(device):
                                 capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"{torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}")
     return {"python": sys.version.split()[0], "torch": torch.__version__, "device": name, "git_commit": commit}
 
 

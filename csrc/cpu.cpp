@@ -619,14 +619,17 @@ struct Sum {
     std::unique_ptr<Acc[]> sums(new Acc[tasks * r.groups * chunks * piece]);
     torch::stable::parallel_for(0, tasks * r.groups * chunks, 1, [&](int64_t first, int64_t last) {
       Counter<Acc> counter(piece, kChunk / kBlock);
-      for (int64_t job = first; job < last; ++job) {
+      for (int64_t job = first; job < last;) {
         const Place p = place(job / chunks / r.groups);
         const Group group = groups[job / chunks % r.groups];
-        const int64_t begin = job % chunks * kChunk, n = std::min(group.size - begin, kChunk);
-        if (n <= 0) continue;
         const Terms<T> all{across ? p.x : terms_of(p.output), r.term_stride, r.rows};
-        const Acc* sum = lanes_of(all.from(group.begin + begin), n, p.width, counter);
-        std::copy(sum, sum + lanes * p.width, sums.get() + job * piece);
+        const int64_t chunk = job % chunks, end = std::min(chunks, chunk + last - job);
+        for (int64_t c = chunk; c < end; ++c, ++job) {
+          const int64_t begin = c * kChunk, n = std::min(group.size - begin, kChunk);
+          if (n <= 0) continue;
+          const Acc* sum = lanes_of(all.from(group.begin + begin), n, p.width, counter);
+          std::copy(sum, sum + lanes * p.width, sums.get() + job * piece);
+        }
       }
     });
     std::vector<Acc> partial(r.groups * pitch);
