@@ -201,6 +201,8 @@ STABLE_TORCH_LIBRARY(ordered_reduce, m) {
   m.def("index_add(Tensor input, Tensor index, Tensor source, Tensor segments, int order, bool per_output, int splits,"
         " int seed, Tensor? step, int op) -> Tensor");
   m.def("sum_by_tickets(Tensor x, int dims, bool keepdim, int splits, bool take, Tensor(a!) tickets) -> Tensor");
+  m.def("conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation,"
+        " int groups, int splits) -> Tensor");   // conv.cpp; on the CPU alone
   m.def("cuda_built() -> bool");
 }
 

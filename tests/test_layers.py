@@ -105,7 +105,7 @@ def test_equal_channels_stay_equal_unless_every_weight_has_its_own_order(device,
     assert not symmetric(order="shuffled")
 
 
-@pytest.mark.parametrize("size", [2, 4, 7])
+@pytest.mark.parametrize("size", [2, 4, 7, 28])
 @pytest.mark.parametrize("channels", [(1, 16), (3, 13), (13, 50), (16, 16), (27, 32), (64, 64)], ids=str)
 def test_equal_channels_stay_equal_at_any_number_and_with_any_threads(device, channels, size):
     torch.manual_seed(0)
@@ -119,6 +119,23 @@ def test_equal_channels_stay_equal_at_any_number_and_with_any_threads(device, ch
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*found) and torch.equal(found[0], found[0][:1, :1].expand_as(found[0]))
+
+
+def test_weight_partials_of_the_cpu():
+    """The operator's gradients are the library's, group by group, whatever the stride, the groups and the remainder."""
+    torch.manual_seed(0)
+    for dtype, channel_groups, stride, dilation in ((torch.float32, 1, 2, 1), (torch.float64, 2, 1, 2), (torch.bfloat16, 1, 1, 1)):
+        x, weight = torch.randn(10, 4, 9, 8, dtype=dtype), torch.randn(6, 4 // channel_groups, 3, 3, dtype=dtype)
+        geometry = ([stride, stride], [1, 1], [dilation, dilation], channel_groups)
+        grad = torch.randn_like(F.conv2d(x, weight, None, *geometry))
+        arguments = (grad, x.transpose(2, 3).contiguous().transpose(2, 3), weight, *geometry, 4)   # of any strides
+        partials = torch.ops.ordered_reduce.conv2d_weight_partials(*arguments)
+        torch.library.opcheck(torch.ops.ordered_reduce.conv2d_weight_partials.default, arguments)
+        for partial, some, their in zip(partials, x.tensor_split(4), grad.tensor_split(4), strict=True):
+            leaf = weight.clone().requires_grad_()
+            torch.testing.assert_close(partial, *torch.autograd.grad(F.conv2d(some, leaf, None, *geometry), leaf, their))
+    with pytest.raises(RuntimeError, match="splits"):
+        torch.ops.ordered_reduce.conv2d_weight_partials(*arguments[:-1], 11)
 
 
 def test_arms_share_their_partial_sums(device):

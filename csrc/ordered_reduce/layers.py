@@ -22,6 +22,11 @@ LAYER_ORDERS = (*SUM_ORDERS, "native")
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
+@torch.library.register_fake("ordered_reduce::conv2d_weight_partials")
+def _(grad, x, weight, stride, padding, dilation, groups, splits):
+    return weight.new_empty(splits, *weight.shape)
+
+
 def _autocast(x, *others):
     """x, and the other tensors or None, in the dtype that autocast asks for."""
     if torch.is_autocast_enabled(x.device.type):
@@ -70,11 +75,10 @@ def _conv2d_weight_partials(grad, x, weight, stride, padding, dilation, groups, 
     if groups == 1:
         grad, x = _whole(grad, 1), _whole(x, 1)
         weight = weight.new_empty(grad.shape[1], x.shape[1], *shape[2:])   # its values are not used
-    # A library call on a CPU costs a fifth of a millisecond whatever its size. Small partial gradients are therefore
-    # taken in one call, as a convolution whose channel groups are the groups of samples. (Thin ones only where they are
-    # tiny: oneDNN cuts a thin one up by the number of threads, and the bits would depend on it.)
-    small = grad.numel() // G * weight[0].numel() < 1 << (23 if x.shape[1] >= 16 else 19)
-    if small and batch % G == 0 and not x.is_cuda:
+    # A call of the library costs a fifth of a millisecond on a CPU. Small partial gradients are therefore taken in one,
+    # as a convolution whose channel groups are the groups of samples.
+    small = x.shape[1] >= 16 and batch % G == 0 and grad.numel() // G * weight[0].numel() < 1 << 21
+    if small and not x.is_cuda:
 
         def beside(t):
             t = t.reshape(G, batch // G, *t.shape[1:]).transpose(0, 1)
@@ -82,9 +86,12 @@ def _conv2d_weight_partials(grad, x, weight, stride, padding, dilation, groups, 
 
         many = weight.new_empty(G * weight.shape[0], *weight.shape[1:])
         partials = weight_gradient(beside(grad), beside(x), many, G * groups).view(G, *weight.shape)
-    else:
+    elif x.is_cuda or batch == 0 or torch.is_grad_enabled():   # the last for a double backward
         partials = torch.stack([weight_gradient(g, s, weight, groups)
                                 for g, s in zip(grad.tensor_split(G), x.tensor_split(G), strict=True)])
+    else:
+        partials = torch.ops.ordered_reduce.conv2d_weight_partials(grad, x, weight, stride, padding, dilation, groups,
+                                                                   G)
     return partials[:, :shape[0], :shape[1]]
 
 
