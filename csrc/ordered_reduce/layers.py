@@ -319,6 +319,8 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     noise or without.
 
     Parameters, names, hooks and state_dict stay as they are. A layer that is converted already follows the new policy.
+    The partial gradients are PyTorch's: on a GPU they repeat, and with them "fixed", under
+    torch.use_deterministic_algorithms(True).
 
     Args:
       model: any nn.Module. Subclasses of these layers are left alone, for they may compute something else; so are
