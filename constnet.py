@@ -440,6 +440,7 @@ class Symmetry:
 
     @torch.no_grad()
     def measure_kept(self):
+        """The measures of the weights that are kept, on the device."""
         sizes = [len(names) * shape.numel() for shape, names in self.alike.items()]
         kept = self.kept[: len(self.rows)].split(sizes, 1)
         for (shape, names), weight in zip(self.alike.items(), kept, strict=True):
@@ -455,6 +456,7 @@ class Symmetry:
         self.rows = []
 
     def flush(self):
+        """Waits for the device; all rows, and first_broken, are complete then."""
         if self.rows:
             self.measure_kept()
         for step, names, apart in self.watched:
