@@ -12,9 +12,9 @@ learns; with an order drawn for every weight (shuffled) or left to racing thread
     torchrun --nproc-per-node 4 constnet.py --dataset cifar10     # data parallel; a study's runs are shared out instead
 
 The sections below: arguments, the two networks, symmetry measures, training, the studies (Table 1, Figure 2, LeakyNet,
-pruning, signal propagation), results. Every run writes config.json, metrics.csv (a row per arm, seed and step),
-summary.json, constnet.png, the weights of every finished arm as ARM-SEED.pt, and, while an arm runs, ARM-SEED.csv and
-ARM-SEED-checkpoint.pt.
+pruning, signal propagation), results. Every run writes config.json, metrics.csv (a row per arm, seed and step, up to
+step 500, then per epoch), summary.json, constnet.png, the weights of every finished arm as ARM-SEED.pt, and, while an
+arm runs, ARM-SEED.csv and ARM-SEED-checkpoint.pt; --signal writes signal.csv and signal.png instead.
 Exit status: 0 done, 2 bad input, 3 diverged (the metrics are kept), 130 interrupted (the checkpoint is kept).
 """
 
@@ -91,11 +91,13 @@ def parse_arguments(argv, more=()):
                       help="probability in [0, 1) with which the input of a block's convolution is dropped, the "
                            "paper's other symmetry breaker; default: 0; paper: 0 to 0.15")
 
-    how = parser.add_argument_group("how it is trained")
+    how = parser.add_argument_group("how it is trained",
+                                    "on cifar10 and cifar100, what the paper leaves open is as in the code base it builds on")
     how.add_argument("--epochs", type=int, metavar="N", help=f"{defaults('epochs')}; paper: 200")
     how.add_argument("--batch-size", type=int, metavar="N",
                      help=f"images; the rest of an epoch is left out; {defaults('batch_size')}")
-    how.add_argument("--lr", type=float, metavar="RATE", help=f"SGD's learning rate; {defaults('lr')}; paper: 0.1")
+    how.add_argument("--lr", type=float, metavar="RATE",
+                     help=f"SGD's learning rate; {defaults('lr')}; 0.03 with leakynet; paper: 0.1")
     how.add_argument("--schedule", choices=("step", "cosine", "constant"),
                      help="of the learning rate: step multiplies it by 0.2 after 30 %%, 60 %% and 80 %% of the epochs "
                           f"(the authors' 140, 80 and 40 of 200 to go), cosine ends at 0; {defaults('schedule')}")
