@@ -92,7 +92,7 @@ def parse_arguments(argv, more=()):
                            "paper's other symmetry breaker; default: 0; paper: 0 to 0.15")
 
     how = parser.add_argument_group("how it is trained",
-                                    "on cifar10 and cifar100, what the paper leaves open is as in the code base it builds on")
+                                    "on the CIFAR sets what the paper leaves open is as in the code base it builds on")
     how.add_argument("--epochs", type=int, metavar="N", help=f"{defaults('epochs')}; paper: 200")
     how.add_argument("--batch-size", type=int, metavar="N",
                      help=f"images; the rest of an epoch is left out; {defaults('batch_size')}")
