@@ -356,10 +356,11 @@ __global__ void exact_sums(Reduction r, const T* __restrict__ x, T* out, Exact* 
       if (pieces == 1) {
         out[o] = shared[thread].template rounded<T>();
       } else {
+        const bool negative = shared[thread].make_positive();
         for (int k = 0; k < Exact::kDigits; ++k)
-          if (shared[thread].digit[k])
+          if (const int64_t digit = shared[thread].digit[k])
             atomicAdd(reinterpret_cast<unsigned long long*>(&whole[o].digit[k]),
-                      static_cast<unsigned long long>(shared[thread].digit[k]));
+                      static_cast<unsigned long long>(negative ? -digit : digit));
         atomicOr(&whole[o].seen, shared[thread].seen);
       }
     }
@@ -500,6 +501,7 @@ __global__ void __launch_bounds__(kLongThreads)
     const int64_t d = job % columns * width + threadIdx.x, g = job / columns % r.groups;
     const int64_t v = lists.rows[1][job / columns / r.groups], first = s.start[v];
     const Group group = Groups(s.start[v + 1] - first, r.groups)[g];   // with so many terms there are r.groups
+    if (sums && group.size <= kAlone) continue;                // raced by group_sums; the same in all threads
     int64_t terms = kBlock;                                    // of a segment
     while (terms * segments < group.size) terms *= 2;
     const int64_t begin = seg * terms, n = d < r.inner ? min(terms, group.size - begin) : 0;
@@ -532,10 +534,10 @@ __global__ void add_rows(Reduction r, Segments s, const T* input, const T* sourc
       continue;
     }
     const Groups groups(n, min(n, r.groups));
-    const int count = int(min(n, r.groups));
+    const int64_t count = min(n, r.groups);
     Acc* p = partial + first * r.inner + d;
     const bool here = list_of(r, n) < 0, shuffled = r.order == Order::shuffled;
-    const auto group_sum = [&](int g) {                        // of at most kRows terms
+    const auto group_sum = [&](int64_t g) {                    // of at most kRows terms
       const Group group = groups[g];
       const int64_t* position = s.position + first + group.begin;
       Acc v[kRows];
@@ -548,11 +550,11 @@ __global__ void add_rows(Reduction r, Segments s, const T* input, const T* sourc
     if (sums) {
       sum = sums[o];
     } else if (here && !shuffled) {
-      for (int g = 0; g < count; ++g) sum = sum + group_sum(g);
+      for (int64_t g = 0; g < count; ++g) sum = sum + group_sum(g);
     } else {
-      for (int g = 0; here && g < count; ++g) p[g * r.inner] = group_sum(g);
-      if (shuffled) shuffle(p, count, r.inner, key, r.per_output ? uint64_t(o) : 0);
-      for (int g = 0; g < count; ++g) sum = sum + p[g * r.inner];
+      for (int64_t g = 0; here && g < count; ++g) p[g * r.inner] = group_sum(g);
+      if (shuffled) shuffle(p, int(count), r.inner, key, r.per_output ? uint64_t(o) : 0);
+      for (int64_t g = 0; g < count; ++g) sum = sum + p[g * r.inner];
     }
     out[o] = T(Acc(input[o]) + Acc(T(sum)));
   }
@@ -777,7 +779,8 @@ void index_add(const Reduction& r, const Segments& s, const Tensor& input, const
   const int blocks = race ? grid(columns * ((r.terms + each - 1) / each)) : busy(columns, kRows);
   group_sums<T, Acc><<<blocks, dim3(width, kThreads / width), 0, stream>>>(r, s, lists, terms, partial, sums);
   check(cudaGetLastError());
-  long_sums<T, Acc><<<busy(columns, kAlone), dim3(width, kLongThreads / width), 0, stream>>>(r, s, lists, terms, partial, sums);
+  const int few = std::min(busy(columns, kAlone), 1 << 9);   // each has a multiprocessor to itself
+  long_sums<T, Acc><<<few, dim3(width, kLongThreads / width), 0, stream>>>(r, s, lists, terms, partial, sums);
   check(cudaGetLastError());
   add_rows<T, Acc><<<outputs, kThreads, 0, stream>>>(r, s, in, terms, partial, sums, result);
   check(cudaGetLastError());

@@ -68,6 +68,13 @@ ORDERED_HD double narrow<double>(double x) {
   return x;
 }
 
+// Loops over all digits are rare on a GPU, and unrolled they would take the registers of the frequent work.
+#ifdef __CUDA_ARCH__
+#define ORDERED_ROLLED _Pragma("unroll 1")
+#else
+#define ORDERED_ROLLED
+#endif
+
 struct Exact {
   static constexpr int kDigits = 68;            // 2^-1074 ... 2^1024, and 2^63 terms
   static constexpr uint32_t kMost = 1u << 30;   // additions after which carries must be taken
@@ -77,6 +84,7 @@ struct Exact {
   uint32_t seen, additions;
 
   ORDERED_HD void clear() {
+    ORDERED_ROLLED
     for (int64_t& d : digit) d = 0;
     seen = additions = 0;
   }
@@ -117,11 +125,22 @@ struct Exact {
 
   // Leaves all digits but the last, which has the sign, in 0 ... 2^32 - 1.
   ORDERED_HD void carry() {
+    ORDERED_ROLLED
     for (int k = 0; k + 1 < kDigits; ++k) {
       digit[k + 1] += digit[k] >> 32;
       digit[k] &= 0xFFFFFFFF;
     }
     additions = 1;
+  }
+
+  // Changes the sign of a sum below zero, after which few of its digits are not 0, and says whether it did. Carries must
+  // have been taken.
+  ORDERED_HD bool make_positive() {
+    if (digit[kDigits - 1] >= 0) return false;
+    ORDERED_ROLLED
+    for (int64_t& d : digit) d = -d;
+    carry();
+    return true;
   }
 
   template <class T>
@@ -130,11 +149,7 @@ struct Exact {
     if ((seen & kNan) || both) return T(float(NAN));
     if (seen & (kInfinite | kNegativeInfinite)) return T(seen & kInfinite ? float(INFINITY) : -float(INFINITY));
     carry();
-    const bool negative = digit[kDigits - 1] < 0;
-    if (negative) {
-      for (int64_t& d : digit) d = -d;
-      carry();
-    }
+    const bool negative = make_positive();
     int high = kDigits - 1;
     while (high >= 0 && digit[high] == 0) --high;
     if (high < 0) return T(seen & kNotMinusZero ? 0.0f : -0.0f);

@@ -126,3 +126,10 @@ def test_index_add_has_the_bits_of_the_cpu(emulated, rows, terms, width, dtype):
     emulated.schedule(1)
     raced = emulated.index_add(into, index, source, segments, ATOMIC, True, 8, 5, None, 2)
     assert torch.allclose(raced.double(), into.double().index_add(0, index, source.double()), rtol=0.1, atol=0.3)
+
+
+@pytest.mark.parametrize("terms", [2048, 2049, 2055, 2056])   # groups of 256 terms, of 256 and 257, of 257
+def test_every_group_is_raced_once(emulated, terms):
+    index, source = torch.zeros(terms, dtype=torch.int64), torch.ones(terms, 2)
+    segments = torch.ops.ordered_reduce.segments(index, 1)
+    assert emulated.index_add(source[:1], index, source, segments, ATOMIC, True, 8, 5, None, 2).tolist() == [[1 + terms] * 2]
