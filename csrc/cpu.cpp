@@ -401,7 +401,9 @@ struct Sum {
         lanes(contiguous ? kLanes : leaves.left), order(r.groups) {
     tile = across ? int(std::min<int64_t>(r.inner, kWidest)) : kSide;
     const int64_t enough = 2 * int64_t(torch::stable::get_num_threads());   // tasks, so that every thread has some
-    while (across && tile > 128 && r.outer * ((r.inner + tile - 1) / tile) < enough) tile /= 2;
+    // Narrow tiles are read in small pieces from all over memory: where groups are long, threads share those instead.
+    const int64_t shares = groups.longest() > 4 * kBlock ? r.groups * ((groups.longest() + kChunk - 1) / kChunk) : 1;
+    while (across && tile > 128 && r.outer * ((r.inner + tile - 1) / tile) * shares < enough) tile /= 2;
     while (!across && tile > 1 && groups.longest() <= kChunk && (r.outputs() + tile - 1) / tile < enough) tile /= 2;
     pitch = (tile + kSide - 1) / kSide * kSide;
     tiles = (r.inner + tile - 1) / tile;
