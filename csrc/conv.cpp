@@ -21,11 +21,23 @@ namespace {
 // While it lives, what this thread calls sees one thread.
 struct OneThread {
 #ifdef _OPENMP
+  // PyTorch sets the number of a new thread when it first asks for it: that must not happen later.
+  const int64_t asked = torch::stable::get_num_threads();
   const int before = omp_get_max_threads();
   OneThread() { omp_set_num_threads(1); }
   ~OneThread() { omp_set_num_threads(before); }
 #endif
 };
+
+// Whether OneThread reaches PyTorch, which may have been built with another OpenMP library than this.
+bool reaches_pytorch() {
+#ifdef _OPENMP
+  const OneThread alone;
+  return torch::stable::get_num_threads() == 1;
+#else
+  return false;
+#endif
+}
 
 // (splits, *weight.shape): the weight gradients of `splits` consecutive groups of samples, as torch.tensor_split cuts
 // them. grad is (batch, out, height, width), x (batch, in, height, width); of weight only the shape is used.
@@ -46,8 +58,7 @@ Tensor conv2d_weight_partials(const Tensor& grad, const Tensor& x, const Tensor&
       weight, {splits, weight.size(0), weight.size(1), weight.size(2), weight.size(3)});
   const size_t bytes = size_t(weight.numel()) * weight.element_size();
   char* const to = static_cast<char*>(partials.mutable_data_ptr());
-  torch::stable::parallel_for(0, splits, 1, [&](int64_t first, int64_t last) {
-    const OneThread alone;
+  const auto add = [&](int64_t first, int64_t last) {
     for (int64_t g = first; g < last; ++g) {
       const int64_t no_padding[] = {0, 0};
       const int32_t wanted[] = {0, 1, 0};
@@ -59,6 +70,12 @@ Tensor conv2d_weight_partials(const Tensor& grad, const Tensor& x, const Tensor&
       const Tensor partial = torch::stable::contiguous(Tensor(of_weight));
       std::memcpy(to + g * bytes, partial.const_data_ptr(), bytes);
     }
+  };
+  // In a parallel region oneDNN must not count on more threads than the one it gets: it would leave work out.
+  if (!reaches_pytorch()) add(0, splits);
+  else torch::stable::parallel_for(0, splits, 1, [&](int64_t first, int64_t last) {
+    const OneThread alone;
+    add(first, last);
   });
   return partials;
 }
