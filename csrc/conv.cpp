@@ -10,6 +10,8 @@
 #include <omp.h>   // the library that PyTorch has loaded
 #endif
 
+#include <algorithm>
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -39,45 +41,160 @@ bool reaches_pytorch() {
 #endif
 }
 
-// (splits, *weight.shape): the weight gradients of `splits` consecutive groups of samples, as torch.tensor_split cuts
-// them. grad is (batch, out, height, width), x (batch, in, height, width); of weight only the shape is used.
-Tensor conv2d_weight_partials(const Tensor& grad, const Tensor& x, const Tensor& weight, std::vector<int64_t> stride,
+// f(first, last) for the groups of samples, a thread each.
+template <class F>
+void for_groups(int64_t G, const F& f) {
+  if (!reaches_pytorch()) return f(0, G);
+  // In a parallel region oneDNN must not count on more threads than the one it gets: it would leave work out.
+  torch::stable::parallel_for(0, G, 1, [&](int64_t first, int64_t last) {
+    const OneThread alone;
+    f(first, last);
+  });
+}
+
+// A convolution's numbers; of two, the first is that of the height.
+struct Shape {
+  int64_t in, out, groups;
+  int64_t image[2], kernel[2], pixels[2], stride[2], padding[2], dilation[2];
+};
+
+// The number to which channels are filled up with zeros: the library may add up the last few of another number in
+// another order, and equal channels would differ. A single channel has no equals.
+int64_t whole(int64_t channels) { return channels == 1 ? 1 : (channels + 15) / 16 * 16; }
+
+// The weight gradients of the groups of samples from first to last, (out, in, kernel) each, as matrix products of the
+// gradient, (out, samples x pixels), and of what those pixels see, (samples x pixels, kernel x in).
+template <class T>
+void products(const Tensor& grad, const Tensor& x, const Shape& s, const Groups& samples, int64_t first, int64_t last,
+              T* partials) {
+  const int64_t taps = s.kernel[0] * s.kernel[1], pixels = s.pixels[0] * s.pixels[1], most = samples.longest();
+  const int64_t height = s.image[0] + 2 * s.padding[0], width = s.image[1] + 2 * s.padding[1];
+  const int64_t out = whole(s.out), columns = whole(taps * s.in);
+  const int64_t run = s.dilation[1] == 1 ? s.kernel[1] : 1;   // pixels that lie one after the other
+  const auto strides = [](const Tensor& t) { return std::array{t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; };
+  const auto of_x = strides(x), of_grad = strides(grad);
+  const T* const x_data = static_cast<const T*>(x.const_data_ptr());
+  const T* const grad_data = static_cast<const T*>(grad.const_data_ptr());
+  // A group's images, channels last and in a frame of zeros; what its pixels see; its gradient; their product.
+  const int64_t sizes[] = {most * height * width * s.in, most * pixels * columns, out * most * pixels, out * columns};
+  std::vector<Tensor> memory;
+  T* data[4];
+  for (int i = 0; i < 4; ++i) {
+    memory.push_back(torch::stable::new_empty(grad, {sizes[i]}));
+    data[i] = static_cast<T*>(memory[i].mutable_data_ptr());
+  }
+  const auto [images, seen, grads, product] = data;
+  std::fill_n(images, sizes[0], T(0));
+  const auto matrix = [&](T* data, int64_t rows, int64_t columns) {
+    return torch::stable::from_blob(data, {rows, columns}, {columns, 1}, grad.device(), grad.scalar_type());
+  };
+  for (int64_t g = first; g < last; ++g) {
+    const auto [begin, size] = samples[g];
+    for (int64_t n = 0; n < size; ++n)
+      for (int64_t h = 0; h < s.image[0]; ++h)
+        for (int64_t w = 0; w < s.image[1]; ++w) {
+          const T* from = x_data + (begin + n) * of_x[0] + h * of_x[2] + w * of_x[3];
+          T* to = images + ((n * height + h + s.padding[0]) * width + w + s.padding[1]) * s.in;
+          for (int64_t c = 0; c < s.in; ++c) to[c] = from[c * of_x[1]];
+        }
+    T* to = seen;
+    for (int64_t n = 0; n < size; ++n)
+      for (int64_t p = 0; p < s.pixels[0]; ++p)
+        for (int64_t q = 0; q < s.pixels[1]; ++q) {
+          for (int64_t i = 0; i < s.kernel[0]; ++i) {
+            const int64_t row = n * height + p * s.stride[0] + i * s.dilation[0];
+            for (int64_t j = 0; j < s.kernel[1]; j += run)
+              to = std::copy_n(images + (row * width + q * s.stride[1] + j * s.dilation[1]) * s.in, run * s.in, to);
+          }
+          to = std::fill_n(to, columns - taps * s.in, T(0));
+        }
+    to = grads;
+    for (int64_t o = 0; o < s.out; ++o)
+      for (int64_t n = 0; n < size; ++n)
+        for (int64_t p = 0; p < s.pixels[0]; ++p) {
+          const T* from = grad_data + (begin + n) * of_grad[0] + o * of_grad[1] + p * of_grad[2];
+          if (of_grad[3] == 1) to = std::copy_n(from, s.pixels[1], to);
+          else for (int64_t q = 0; q < s.pixels[1]; ++q) *to++ = from[q * of_grad[3]];
+        }
+    std::fill_n(to, (out - s.out) * size * pixels, T(0));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(matrix(product, out, columns).get(),
+                                                 matrix(grads, out, size * pixels).get(),
+                                                 matrix(seen, size * pixels, columns).get()));
+    to = partials + g * s.out * s.in * taps;
+    for (int64_t o = 0; o < s.out; ++o)
+      for (int64_t c = 0; c < s.in; ++c)
+        for (int64_t k = 0; k < taps; ++k) *to++ = product[o * columns + k * s.in + c];
+  }
+}
+
+// The same by PyTorch's convolution, (out, in / groups, kernel) with the channels that the tensors have.
+void convolutions(std::vector<Tensor>& grads, std::vector<Tensor>& inputs, const Tensor& weight, const Shape& s,
+                  int64_t first, int64_t last, Tensor& partials) {
+  const int64_t bytes = weight.numel() * weight.element_size();
+  for (int64_t g = first; g < last; ++g) {
+    const int64_t no_padding[] = {0, 0};
+    const int32_t wanted[] = {0, 1, 0};
+    AtenTensorHandle of_input, of_weight, of_bias;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
+        grads[g].get(), inputs[g].get(), weight.get(), nullptr, 0, s.stride, 2, s.padding, 2, s.dilation, 2, 0,
+        no_padding, 2, s.groups, wanted, 3, &of_input, &of_weight, &of_bias));
+    const Tensor nothing[] = {Tensor(of_input), Tensor(of_bias)};   // to be freed
+    const Tensor partial = torch::stable::contiguous(Tensor(of_weight));
+    std::memcpy(static_cast<char*>(partials.mutable_data_ptr()) + g * bytes, partial.const_data_ptr(), bytes);
+  }
+}
+
+// (G, *weight.shape), G = min(splits, batch): the weight gradients of G consecutive groups of samples, as
+// torch.tensor_split cuts them. grad is (batch, out, height, width), x (batch, in, height, width), batch not 0; of
+// weight only the shape is used.
+Tensor conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, std::vector<int64_t> stride,
                               std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                               int64_t splits) {
-  STD_TORCH_CHECK(grad.dim() == 4 && x.dim() == 4 && weight.dim() == 4 && grad.size(0) == x.size(0) && 1 <= splits &&
-                      splits <= x.size(0) && grad.scalar_type() == x.scalar_type() &&
+  STD_TORCH_CHECK(grad.dim() == 4 && x.dim() == 4 && weight.dim() == 4 && grad.size(0) == x.size(0) && 1 <= x.size(0) &&
+                      1 <= splits && 1 <= groups && weight.size(0) == grad.size(1) &&
+                      weight.size(1) * groups == x.size(1) && grad.scalar_type() == x.scalar_type() &&
                       weight.scalar_type() == x.scalar_type(),
                   "conv2d_weight_partials: shapes, dtypes or splits do not match");
-  const Groups samples(x.size(0), splits);
+  Shape s{x.size(1), grad.size(1), groups};
+  for (int i = 0; i < 2; ++i) {
+    s.image[i] = x.size(2 + i), s.kernel[i] = weight.size(2 + i), s.pixels[i] = grad.size(2 + i);
+    s.stride[i] = stride.at(i), s.padding[i] = padding.at(i), s.dilation[i] = dilation.at(i);
+    STD_TORCH_CHECK(s.stride[i] > 0 && s.padding[i] >= 0 && s.dilation[i] > 0 &&
+                        (s.pixels[i] - 1) * s.stride[i] + (s.kernel[i] - 1) * s.dilation[i] <
+                            s.image[i] + 2 * s.padding[i],
+                    "conv2d_weight_partials: this is no convolution's shape of grad");
+  }
+  const Groups samples(x.size(0), std::min(splits, x.size(0)));
+  const int64_t G = std::min(splits, x.size(0)), pixels = s.pixels[0] * s.pixels[1];
+  // On small images a product is faster than the library's convolution, a call of which costs tens of microseconds.
+  const bool product = groups == 1 && (pixels <= 16 || s.kernel[0] * s.kernel[1] == 1 ||
+                                       (pixels <= 64 && grad.numel() * (weight.numel() / s.out) < 1 << 26));
+  if (product) {
+    Tensor partials = torch::stable::new_empty(weight, {G, s.out, s.in, s.kernel[0], s.kernel[1]});
+    for_type(x.scalar_type(), [&](auto zero) {
+      auto* to = static_cast<decltype(zero)*>(partials.mutable_data_ptr());
+      for_groups(G, [&](int64_t first, int64_t last) { products(grad, x, s, samples, first, last, to); });
+    });
+    return partials;
+  }
+  if (groups == 1) {
+    grad = torch::stable::pad(grad, {0, 0, 0, 0, 0, whole(s.out) - s.out});
+    x = torch::stable::pad(x, {0, 0, 0, 0, 0, whole(s.in) - s.in});
+    weight = torch::stable::new_empty(weight, {whole(s.out), whole(s.in), s.kernel[0], s.kernel[1]});
+  }
   std::vector<Tensor> grads, inputs;   // views that are made here, where no gradient is recorded
-  for (int64_t g = 0; g < splits; ++g) {
-    grads.push_back(torch::stable::narrow(const_cast<Tensor&>(grad), 0, samples[g].begin, samples[g].size));
-    inputs.push_back(torch::stable::narrow(const_cast<Tensor&>(x), 0, samples[g].begin, samples[g].size));
+  for (int64_t g = 0; g < G; ++g) {
+    grads.push_back(torch::stable::narrow(grad, 0, samples[g].begin, samples[g].size));
+    inputs.push_back(torch::stable::narrow(x, 0, samples[g].begin, samples[g].size));
   }
   Tensor partials = torch::stable::new_empty(
-      weight, {splits, weight.size(0), weight.size(1), weight.size(2), weight.size(3)});
-  const size_t bytes = size_t(weight.numel()) * weight.element_size();
-  char* const to = static_cast<char*>(partials.mutable_data_ptr());
-  const auto add = [&](int64_t first, int64_t last) {
-    for (int64_t g = first; g < last; ++g) {
-      const int64_t no_padding[] = {0, 0};
-      const int32_t wanted[] = {0, 1, 0};
-      AtenTensorHandle of_input, of_weight, of_bias;
-      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
-          grads[g].get(), inputs[g].get(), weight.get(), nullptr, 0, stride.data(), 2, padding.data(), 2,
-          dilation.data(), 2, 0, no_padding, 2, groups, wanted, 3, &of_input, &of_weight, &of_bias));
-      const Tensor nothing[] = {Tensor(of_input), Tensor(of_bias)};   // to be freed
-      const Tensor partial = torch::stable::contiguous(Tensor(of_weight));
-      std::memcpy(to + g * bytes, partial.const_data_ptr(), bytes);
-    }
-  };
-  // In a parallel region oneDNN must not count on more threads than the one it gets: it would leave work out.
-  if (!reaches_pytorch()) add(0, splits);
-  else torch::stable::parallel_for(0, splits, 1, [&](int64_t first, int64_t last) {
-    const OneThread alone;
-    add(first, last);
+      weight, {G, weight.size(0), weight.size(1), weight.size(2), weight.size(3)});
+  for_groups(G, [&](int64_t first, int64_t last) {
+    convolutions(grads, inputs, weight, s, first, last, partials);
   });
-  return partials;
+  if (groups > 1) return partials;
+  partials = torch::stable::narrow(partials, 1, 0, s.out);
+  return torch::stable::contiguous(torch::stable::narrow(partials, 2, 0, s.in));
 }
 
 }  // namespace

@@ -121,21 +121,38 @@ def test_equal_channels_stay_equal_at_any_number_and_with_any_threads(device, ch
     assert torch.equal(*found) and torch.equal(found[0], found[0][:1, :1].expand_as(found[0]))
 
 
-def test_weight_partials_of_the_cpu():
-    """The operator's gradients are the library's, group by group, whatever the stride, the groups and the remainder."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels,kernel,stride,padding,dilation,channel_groups", [
+    ((4, 6), (3, 3), 2, 1, 1, 1), ((16, 32), (3, 3), 2, 1, 1, 1), ((4, 6), (3, 2), 2, (1, 0), (1, 2), 1),
+    ((5, 6), (1, 1), 1, 0, 1, 1), ((5, 16), (1, 1), 2, 1, 1, 1),   # matrix products, then convolutions
+    ((4, 6), (3, 3), 1, 1, 1, 1), ((4, 6), (2, 3), 1, (0, 2), 2, 2), ((6, 6), (3, 3), 1, 1, 1, 6)], ids=str)
+def test_weight_partials_of_the_cpu(dtype, channels, kernel, stride, padding, dilation, channel_groups):
+    """The operator's gradients are the library's, group by group, whatever the strides of the tensors."""
     torch.manual_seed(0)
-    for dtype, channel_groups, stride, dilation in ((torch.float32, 1, 2, 1), (torch.float64, 2, 1, 2), (torch.bfloat16, 1, 1, 1)):
-        x, weight = torch.randn(10, 4, 9, 8, dtype=dtype), torch.randn(6, 4 // channel_groups, 3, 3, dtype=dtype)
-        geometry = ([stride, stride], [1, 1], [dilation, dilation], channel_groups)
-        grad = torch.randn_like(F.conv2d(x, weight, None, *geometry))
-        arguments = (grad, x.transpose(2, 3).contiguous().transpose(2, 3), weight, *geometry, 4)   # of any strides
+    pair = [[n, n] if isinstance(n, int) else list(n) for n in (stride, padding, dilation)]
+    x, weight = torch.randn(10, channels[0], 9, 8, dtype=dtype), torch.randn(channels[1], channels[0] // channel_groups, *kernel, dtype=dtype)
+    grad = torch.randn_like(F.conv2d(x, weight, None, *pair, channel_groups))
+    strided = [t.transpose(1, 3).contiguous().transpose(1, 3) for t in (grad, x)]
+    for arguments in ((grad, x, weight, *pair, channel_groups, 4), (*strided, weight, *pair, channel_groups, 4)):
         partials = torch.ops.ordered_reduce.conv2d_weight_partials(*arguments)
         torch.library.opcheck(torch.ops.ordered_reduce.conv2d_weight_partials.default, arguments)
         for partial, some, their in zip(partials, x.tensor_split(4), grad.tensor_split(4), strict=True):
             leaf = weight.clone().requires_grad_()
-            torch.testing.assert_close(partial, *torch.autograd.grad(F.conv2d(some, leaf, None, *geometry), leaf, their))
-    with pytest.raises(RuntimeError, match="splits"):
-        torch.ops.ordered_reduce.conv2d_weight_partials(*arguments[:-1], 11)
+            expected, = torch.autograd.grad(F.conv2d(some, leaf, None, *pair, channel_groups), leaf, their)
+            torch.testing.assert_close(partial, expected, **dict(atol=0.1, rtol=0.02) if dtype.itemsize == 2 else {})
+    assert len(torch.ops.ordered_reduce.conv2d_weight_partials(*arguments[:-1], 11)) == 10
+    for wrong in ((grad, x[..., 4:]), (grad[:, 1:], x), (grad, x[1:])):
+        with pytest.raises(RuntimeError, match="conv2d_weight_partials"):
+            torch.ops.ordered_reduce.conv2d_weight_partials(*wrong, weight, *pair, channel_groups, 4)
+
+
+@pytest.mark.parametrize("size", [3, 9])
+def test_a_gradient_with_a_graph_has_the_same_bits(device, size):
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 3, size, size, device=device), torch.randn(5, 3, 3, 3, device=device, requires_grad=True)
+    plain, graph = (torch.autograd.grad(ordered_reduce.conv2d(x, weight, padding=1).square().sum(), weight, create_graph=g)[0]
+                    for g in (False, True))
+    assert torch.equal(plain, graph)
 
 
 def test_arms_share_their_partial_sums(device):

@@ -22,11 +22,6 @@ LAYER_ORDERS = (*SUM_ORDERS, "native")
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
-@torch.library.register_fake("ordered_reduce::conv2d_weight_partials")
-def _(grad, x, weight, stride, padding, dilation, groups, splits):
-    return weight.new_empty(splits, *weight.shape)
-
-
 def _autocast(x, *others):
     """x, and the other tensors or None, in the dtype that autocast asks for."""
     if torch.is_autocast_enabled(x.device.type):
@@ -46,52 +41,53 @@ def _whole(t, dim):
     return F.pad(t, [0, 0] * (t.ndim - 1 - dim) + [0, missing]) if missing else t
 
 
-def _patches(x, kernel, stride, padding, dilation):
-    """(batch, height, width, kernel height x kernel width x channels): what a pixel of a convolution's output sees."""
-    x = F.pad(x.permute(0, 2, 3, 1), [0, 0, padding[1], padding[1], padding[0], padding[0]])
-    for side in (0, 1):
-        x = x.unfold(1 + side, dilation[side] * (kernel[side] - 1) + 1, stride[side])[..., ::dilation[side]]
-    return x.permute(0, 1, 2, 4, 5, 3).flatten(3)
+def _convolution_gradient(grad, x, weight, conv, which):
+    """The gradient of x (which=0) or of weight (1) by PyTorch's convolution; conv: stride, padding, dilation, groups."""
+    stride, padding, dilation, groups = conv
+    return _convolution_backward(grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
+                                 [which == 0, which == 1, False])[which]
 
 
-def _conv2d_weight_partials(grad, x, weight, stride, padding, dilation, groups, splits):
+_cpu_weight_partials = torch.ops.ordered_reduce.conv2d_weight_partials.default
+
+
+@torch.library.register_fake("ordered_reduce::conv2d_weight_partials")
+def _(grad, x, weight, stride, padding, dilation, groups, splits):
+    return weight.new_empty(min(splits, x.shape[0]), *weight.shape)
+
+
+class _WeightPartials(torch.autograd.Function):
+    """conv2d_weight_partials for a double backward: they are linear in grad and in x."""
+
+    @staticmethod
+    def forward(ctx, grad, x, weight, *conv_splits):
+        ctx.save_for_backward(grad, x)
+        ctx.conv = conv_splits[:-1]
+        return _cpu_weight_partials(grad, x, weight, *conv_splits)
+
+    @staticmethod
+    def backward(ctx, partials):
+        groups = [(*group, partial) for *group, partial in
+                  zip(*(t.tensor_split(len(partials)) for t in ctx.saved_tensors), partials, strict=True)]
+        return (torch.cat([F.conv2d(x, partial, None, *ctx.conv) for _, x, partial in groups]),
+                torch.cat([_convolution_gradient(*group, ctx.conv, 0) for group in groups]), *[None] * 6)
+
+
+def _conv2d_weight_partials(grad, x, weight, conv, splits):
     """(G, *weight.shape): the weight gradients of G consecutive groups of samples."""
-
-    def weight_gradient(grad, x, weight, groups):
-        return _convolution_backward(grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
-                                     [False, True, False])[1]
-
-    if weight.shape[2:] == (1, 1) and padding == [0, 0] and groups == 1:   # a matrix product: every pixel is a row
+    if not x.is_cuda and x.shape[0]:
+        compute = _WeightPartials.apply if torch.is_grad_enabled() else _cpu_weight_partials
+        return compute(grad, x, weight, *conv, splits)
+    (stride, padding, _, groups), shape = conv, weight.shape
+    if shape[2:] == (1, 1) and padding == [0, 0] and groups == 1:   # a matrix product: every pixel is a row
         x = x[:, :, ::stride[0], ::stride[1]]
         return _linear_weight_partials(grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), splits)[..., None, None]
-    shape, batch = weight.shape, x.shape[0]
-    G = max(1, min(splits, batch))
-    few = grad.shape[2:].numel() <= 16 or x.shape[1] < 16   # pixels, channels
-    if groups == 1 and few and grad[:, :1].numel() * weight[0].numel() < 1 << 24 and not x.is_cuda:
-        # A product with the patches, which fit into 64 MB, is faster than the library's convolutions.
-        partials = _linear_weight_partials(grad.permute(0, 2, 3, 1), _patches(x, shape[2:], stride, padding, dilation),
-                                           splits)
-        return partials.reshape(G, shape[0], *shape[2:], shape[1]).permute(0, 1, 4, 2, 3).contiguous()
     if groups == 1:
         grad, x = _whole(grad, 1), _whole(x, 1)
         weight = weight.new_empty(grad.shape[1], x.shape[1], *shape[2:])   # its values are not used
-    # A call of the library costs a fifth of a millisecond on a CPU. Small partial gradients are therefore taken in one,
-    # as a convolution whose channel groups are the groups of samples.
-    small = x.shape[1] >= 16 and batch % G == 0 and grad.numel() // G * weight[0].numel() < 1 << 21
-    if small and not x.is_cuda:
-
-        def beside(t):
-            t = t.reshape(G, batch // G, *t.shape[1:]).transpose(0, 1)
-            return t.reshape(batch // G, G * t.shape[2], *t.shape[3:])
-
-        many = weight.new_empty(G * weight.shape[0], *weight.shape[1:])
-        partials = weight_gradient(beside(grad), beside(x), many, G * groups).view(G, *weight.shape)
-    elif x.is_cuda or batch == 0 or torch.is_grad_enabled():   # the last for a double backward
-        partials = torch.stack([weight_gradient(g, s, weight, groups)
-                                for g, s in zip(grad.tensor_split(G), x.tensor_split(G), strict=True)])
-    else:
-        partials = torch.ops.ordered_reduce.conv2d_weight_partials(grad, x, weight, stride, padding, dilation, groups,
-                                                                   G)
+    G = max(1, min(splits, x.shape[0]))
+    partials = torch.stack([_convolution_gradient(g, s, weight, conv, 1)
+                            for g, s in zip(grad.tensor_split(G), x.tensor_split(G), strict=True)])
     return partials[:, :shape[0], :shape[1]]
 
 
@@ -127,13 +123,11 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.conv
         used, grad_x, grad_weight, grad_bias = weight.to(x.dtype), None, None, None
         if ctx.needs_input_grad[0]:
-            grad_x = _convolution_backward(grad, x, used, None, stride, padding, dilation, False, [0, 0], groups,
-                                           [True, False, False])[0]
+            grad_x = _convolution_gradient(grad, x, used, ctx.conv, 0)
         if ctx.needs_input_grad[1]:
-            partials = _conv2d_weight_partials(grad, x, used, stride, padding, dilation, groups, ctx.order[1])
+            partials = _conv2d_weight_partials(grad, x, used, ctx.conv, ctx.order[1])
             grad_weight = _add_partials(partials, len(x), weight, *ctx.order)
         if ctx.needs_input_grad[2]:
             grad_bias = sum(grad, (0, 2, 3)).to(bias.dtype)
