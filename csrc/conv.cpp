@@ -1,5 +1,6 @@
-// The partial weight gradients of a convolution on the CPU: PyTorch's own convolution computes them, a group of samples
-// to a thread. With several threads to a group oneDNN would cut the gradient up by their number, and the bits with it.
+// The partial weight gradients of a convolution on the CPU: PyTorch's own convolution or matrix product computes them, a
+// group of samples to a thread. With several threads to a group they would cut the gradient up by their number, and the
+// bits with it.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
@@ -59,8 +60,8 @@ struct Shape {
 };
 
 // The number to which channels are filled up with zeros: the library may add up the last few of another number in
-// another order, and equal channels would differ. A single channel has no equals.
-int64_t whole(int64_t channels) { return channels == 1 ? 1 : (channels + 15) / 16 * 16; }
+// another order, and equal channels would differ.
+int64_t whole(int64_t channels) { return (channels + 15) / 16 * 16; }
 
 // The weight gradients of the groups of samples from first to last, (out, in, kernel) each, as matrix products of the
 // gradient, (out, samples x pixels), and of what those pixels see, (samples x pixels, kernel x in).
@@ -178,9 +179,10 @@ Tensor conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, std::vector<
     return partials;
   }
   if (groups == 1) {
-    grad = torch::stable::pad(grad, {0, 0, 0, 0, 0, whole(s.out) - s.out});
-    x = torch::stable::pad(x, {0, 0, 0, 0, 0, whole(s.in) - s.in});
-    weight = torch::stable::new_empty(weight, {whole(s.out), whole(s.in), s.kernel[0], s.kernel[1]});
+    const int64_t out = whole(s.out), in = s.in == 1 ? 1 : whole(s.in);   // a single channel has no equals
+    if (out > s.out) grad = torch::stable::pad(grad, {0, 0, 0, 0, 0, out - s.out});
+    if (in > s.in) x = torch::stable::pad(x, {0, 0, 0, 0, 0, in - s.in});
+    weight = torch::stable::new_empty(weight, {out, in, s.kernel[0], s.kernel[1]});
   }
   std::vector<Tensor> grads, inputs;   // views that are made here, where no gradient is recorded
   for (int64_t g = 0; g < G; ++g) {

@@ -42,7 +42,7 @@ def _whole(t, dim):
 
 
 def _convolution_gradient(grad, x, weight, conv, which):
-    """The gradient of x (which=0) or of weight (1) by PyTorch's convolution; conv: stride, padding, dilation, groups."""
+    """The gradient of x (which=0) or weight (1) by PyTorch's convolution; conv: stride, padding, dilation, groups."""
     stride, padding, dilation, groups = conv
     return _convolution_backward(grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
                                  [which == 0, which == 1, False])[which]
@@ -115,10 +115,10 @@ def _add_partials(partials, samples, weight, order, splits, seed, step, op, scop
 # Both backward passes are made of differentiable operations, so double backward works as it does for PyTorch's layers.
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding, dilation, groups, *order):
+    def forward(ctx, x, weight, bias, conv, order):
         ctx.save_for_backward(x, weight, bias)
-        ctx.conv, ctx.order = (stride, padding, dilation, groups), order
-        return F.conv2d(x, weight.to(x.dtype), bias, stride, padding, dilation, groups)
+        ctx.conv, ctx.order = conv, order
+        return F.conv2d(x, weight.to(x.dtype), bias, *conv)
 
     @staticmethod
     def backward(ctx, grad):
@@ -131,12 +131,12 @@ class _Conv2d(torch.autograd.Function):
             grad_weight = _add_partials(partials, len(x), weight, *ctx.order)
         if ctx.needs_input_grad[2]:
             grad_bias = sum(grad, (0, 2, 3)).to(bias.dtype)
-        return grad_x, grad_weight, grad_bias, *[None] * 10
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, *order):
+    def forward(ctx, x, weight, bias, order):
         ctx.save_for_backward(x, weight, bias)
         ctx.order = order
         return F.linear(x, weight.to(x.dtype), bias)
@@ -151,7 +151,7 @@ class _Linear(torch.autograd.Function):
             grad_weight = _add_partials(_linear_weight_partials(grad, x, ctx.order[1]), len(x), weight, *ctx.order)
         if ctx.needs_input_grad[2]:
             grad_bias = sum(grad, tuple(range(grad.ndim - 1))).to(bias.dtype)
-        return grad_x, grad_weight, grad_bias, *[None] * 6
+        return grad_x, grad_weight, grad_bias, None
 
 
 def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, order="fixed", splits=8, seed=0,
@@ -167,8 +167,8 @@ def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, o
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     x, bias = _autocast(x, bias)
     batched = x if x.ndim == 4 else x.unsqueeze(0)
-    out = _Conv2d.apply(batched, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, order, splits,
-                        seed, step, op, scope)
+    conv = (_pair(stride), _pair(padding), _pair(dilation), groups)
+    out = _Conv2d.apply(batched, weight, bias, conv, (order, splits, seed, step, op, scope))
     return out if x.ndim == 4 else out.squeeze(0)
 
 
@@ -183,13 +183,13 @@ def linear(x, weight, bias=None, *, order="fixed", splits=8, seed=0, step=0, op=
         return F.linear(x, weight, bias)
     x, bias = _autocast(x, bias)
     batched = x if x.ndim > 1 else x.unsqueeze(0)
-    out = _Linear.apply(batched, weight, bias, order, splits, seed, step, op, scope)
+    out = _Linear.apply(batched, weight, bias, (order, splits, seed, step, op, scope))
     return out if x.ndim > 1 else out.squeeze(0)
 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, padding_idx, *order):
+    def forward(ctx, input, weight, padding_idx, order):
         ctx.save_for_backward(input)
         ctx.shape, ctx.padding_idx, ctx.order = weight.shape, padding_idx, order
         return F.embedding(input, weight)
@@ -202,7 +202,7 @@ class _Embedding(torch.autograd.Function):
                                 **dict(zip(names, ctx.order, strict=True)))
         if ctx.padding_idx is not None:
             grad_weight = grad_weight.index_fill(0, input.new_tensor([ctx.padding_idx]).long(), 0)
-        return None, grad_weight, *[None] * 7
+        return None, grad_weight, None, None
 
 
 def embedding(input, weight, padding_idx=None, *, order="fixed", splits=8, seed=0, step=0, op=0, scope="output"):
@@ -220,7 +220,7 @@ def embedding(input, weight, padding_idx=None, *, order="fixed", splits=8, seed=
         if not -weight.shape[0] <= padding_idx < weight.shape[0]:
             raise AssertionError(f"padding_idx must be within num_embeddings ({weight.shape[0]}); got {padding_idx}")
         padding_idx %= weight.shape[0]
-    return _Embedding.apply(input, weight, padding_idx, order, splits, seed, step, op, scope)
+    return _Embedding.apply(input, weight, padding_idx, (order, splits, seed, step, op, scope))
 
 
 class Conv2d(nn.Conv2d):
