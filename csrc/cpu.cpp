@@ -24,6 +24,7 @@ constexpr int64_t kChunk = 64 * kBlock;             // an aligned, complete subt
 constexpr int64_t kGrain = 1 << 15;                 // terms below which a second thread does not pay
 constexpr int kWidest = 512;                        // adjacent outputs that are summed together, at most
 constexpr int kSide = 32;                           // outputs whose permutations are drawn side by side
+constexpr int kTransposed = 256;                    // terms of an output up to which outputs are laid side by side
 
 template <class T>
 const T kNothing = T(-0.0f);
@@ -214,6 +215,49 @@ INLINE Acc add_lanes(const Acc* lanes) {
   return Halving<Acc>::to_one(Halving<Acc>::to_vector(lanes));
 }
 
+// to[t * kSide + i] = row[i][t] of kWide rows of n terms.
+template <class T>
+INLINE void transpose(const T* const (&row)[32 / sizeof(T)], int64_t n, T* to) {
+  typedef typename Part<T>::Vector Vector;
+  constexpr int kWide = 32 / sizeof(T);
+  if (n < kWide) {
+    for (int64_t t = 0; t < n; ++t)
+      for (int i = 0; i < kWide; ++i) to[t * kSide + i] = row[i][t];
+    return;
+  }
+  for (int64_t t = 0; t < n; t += kWide) {
+    const int64_t at = std::min(t, n - kWide);   // the last square overlaps the one before
+    Vector v[kWide], w[kWide];
+    for (int i = 0; i < kWide; ++i) v[i] = *reinterpret_cast<const Vector*>(row[i] + at);
+    if constexpr (kWide == 8) {
+      for (int i = 0; i < 8; i += 2) {
+        w[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        w[i + 1] = __builtin_shufflevector(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+      }
+      for (int i = 0; i < 8; i += 4)
+        for (int k = 0; k < 2; ++k) {
+          v[i + 2 * k] = __builtin_shufflevector(w[i + k], w[i + k + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+          v[i + 2 * k + 1] = __builtin_shufflevector(w[i + k], w[i + k + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+      for (int i = 0; i < 4; ++i) {
+        w[i] = __builtin_shufflevector(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        w[i + 4] = __builtin_shufflevector(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+      }
+    } else {
+      for (int i = 0; i < 4; i += 2) {
+        w[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 4, 2, 6);
+        w[i + 1] = __builtin_shufflevector(v[i], v[i + 1], 1, 5, 3, 7);
+      }
+      for (int i = 0; i < 2; ++i) {
+        v[i] = __builtin_shufflevector(w[i], w[i + 2], 0, 1, 4, 5);
+        v[i + 2] = __builtin_shufflevector(w[i], w[i + 2], 2, 3, 6, 7);
+      }
+      std::copy(v, v + 4, w);
+    }
+    for (int i = 0; i < kWide; ++i) *reinterpret_cast<Vector*>(to + (at + i) * kSide) = w[i];
+  }
+}
+
 // The lowest levels, three at most, of the tree over `terms` terms, a power of two: the sum of leaf 0 ... count - 1,
 // where leaf k is term offset[k] + l, for each l = 0 ... left - 1 stands for the `left` lanes that are then halved.
 struct Leaves {
@@ -380,6 +424,7 @@ INLINE void swap_in_registers(Acc* from, int64_t stride, const uint32_t (*other)
 template <class T>
 struct Sum {
   using Acc = typename AccType<T>::type;
+  static constexpr int kWide = Halving<Acc>::kWide;   // sums of a vector
   const Reduction& r;
   const T* x;
   T* out;
@@ -490,7 +535,6 @@ struct Sum {
         return Halving<Acc>::to_vector(lanes);
       }
     };
-    constexpr int kWide = Halving<Acc>::kWide;
     int64_t g = p.first;
     for (; ROWS == 1 && g + kWide <= p.last; g += kWide) {   // of more rows, halving is the smaller part
       typename Halving<Acc>::Vector sums[kWide];
@@ -502,7 +546,27 @@ struct Sum {
 
   // partial[g * pitch + output] for the groups of one tile, where the terms of an output lie side by side.
   INLINE void contiguous_partials_any(const Place& p, Acc* partial, Counter<Acc>& counter) const {
-    for (int w = 0; w < p.width; ++w) {
+    int done = 0;
+    if (r.terms <= kTransposed && groups.longest() < kLanes && p.last - p.first == r.groups) {
+      done = p.width / kWide * kWide;   // few terms: outputs side by side, after all
+      alignas(64) Acc terms[kTransposed * kSide], sums[kLanes / kRows * kSide], wide[kWide][kTransposed];
+      for (int w = 0; w < done; w += kWide) {
+        const Acc* row[kWide];
+        for (int i = 0; i < kWide; ++i) {
+          const T* x = terms_of(p.output + w + i);
+          if constexpr (std::is_same_v<T, Acc>) row[i] = x;
+          else row[i] = wide[i], std::copy_n(x, r.terms, wide[i]);
+        }
+        transpose(row, r.terms, terms + w);
+      }
+      for (int64_t g = 0; g < r.groups && done > 0; ++g) {
+        const Terms<Acc> first{terms + groups[g].begin * kSide, kSide, nullptr};
+        const bool one = leaves.left == 1;
+        strided_block(first, groups[g].size, done, leaves, one ? partial + g * pitch : sums);
+        if (!one) add_lanes(sums, leaves.left, done, partial + g * pitch);
+      }
+    }
+    for (int w = done; w < p.width; ++w) {
       const T* terms = terms_of(p.output + w);
       if (groups.longest() == 1) tiny_groups<1>(p, terms, partial + w);
       else if (groups.longest() == 2) tiny_groups<2>(p, terms, partial + w);

@@ -59,11 +59,14 @@ def test_equals_the_reference(device, dtype, splits, arguments):
 
 @pytest.mark.parametrize("arguments", REPEATABLE, ids=lambda a: "-".join(map(str, a.values())))
 def test_many_outputs_equal_the_reference(device, arguments):
-    for shape in [(9, 700), (700, 70), (3000, 300)]:
-        x = noise(*shape)
+    for shape, dtype in [((9, 700), torch.float32), ((100, 75), torch.float32), ((100, 75), torch.float64), ((7, 41), torch.float64),
+                         ((250, 41), torch.float32), ((700, 70), torch.float32), ((3000, 300), torch.float32)]:
+        x = noise(*shape, dtype=dtype)
         expected = reference.ordered_sum(x, 8, **arguments)
         assert same_bits(ordered_reduce.sum(x.to(device), 0, **arguments), expected)
-        assert same_bits(ordered_reduce.sum(x.t().contiguous().to(device), 1, **arguments), expected)
+        rows = x.t().contiguous().to(device)
+        assert same_bits(ordered_reduce.sum(rows, 1, **arguments), expected)
+        assert same_bits(ordered_reduce.sum(torch.cat([rows, rows], 1)[:, : len(x)], 1, **arguments), expected)   # apart
 
 
 # -------------------------------------------------------------------------------------------------------- accuracy
