@@ -165,8 +165,8 @@ Tensor conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, std::vector<
                             s.image[i] + 2 * s.padding[i],
                     "conv2d_weight_partials: this is no convolution's shape of grad");
   }
-  const Groups samples(x.size(0), std::min(splits, x.size(0)));
   const int64_t G = std::min(splits, x.size(0)), pixels = s.pixels[0] * s.pixels[1];
+  const Groups samples(x.size(0), G);
   // On small images a product is faster than the library's convolution, a call of which costs tens of microseconds.
   const bool product = groups == 1 && (pixels <= 16 || s.kernel[0] * s.kernel[1] == 1 ||
                                        (pixels <= 64 && grad.numel() * (weight.numel() / s.out) < 1 << 26));
