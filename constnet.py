@@ -411,6 +411,7 @@ class Symmetry:
         self.watched = []                                 # (step, layers, whether each is broken) not looked at yet
         stem, size = self.weights["stem"], sum(weight.numel() for weight in self.weights.values())
         self.kept = stem.new_empty(max(1, min(16, (1 << (28 if stem.is_cuda else 22)) // size)), size)
+        self.room = stem.new_empty(self.kept.numel())   # new memory takes a CPU longer than all that is computed in it
         # Two filters are taken for equal where a random linear form of their bits agrees: wrong once in 2^32.
         longest = max(weight[0].numel() for weight in self.weights.values())
         generator = torch.Generator().manual_seed(0)
@@ -448,12 +449,15 @@ class Symmetry:
         for (shape, names), weight in zip(self.alike.items(), kept, strict=True):
             weight = weight.view(len(self.rows), len(names), *shape)   # (steps, layers, out, in, height, width)
             filters = weight.flatten(3)
-            form = (filters.view(torch.int32) * self.form[: filters.shape[3]]).sum(3, dtype=torch.int32).sort(2).values
+            room = self.room[: filters.numel()].view(filters.shape)
+            form = torch.mul(filters.view(torch.int32), self.form[: filters.shape[3]], out=room.view(torch.int32))
+            form = form.sum(3, dtype=torch.int32).sort(2).values
             distinct = 1 + (form[..., 1:] != form[..., :-1]).sum(2)
-            size, apart = (w.norm(dim=(2, 3)) for w in (filters, filters - filters.mean(2, keepdim=True)))
+            size = filters.norm(dim=(2, 3))
+            apart = torch.sub(filters, filters.mean(2, keepdim=True), out=room).norm(dim=(2, 3))
             measures = {"distinct_filters": distinct, "spread": (apart / size).where((distinct > 1) & (size > 0), 0.0),
-                        "forward_correlation": mean_correlation(filters),
-                        "backward_correlation": mean_correlation(weight.transpose(2, 3).flatten(3))}
+                        "forward_correlation": mean_correlation(weight, self.room),
+                        "backward_correlation": mean_correlation(weight.transpose(2, 3), self.room)}
             self.measured.append((self.rows, names, measures))
         self.rows = []
 
@@ -484,11 +488,13 @@ class Symmetry:
                 "spread": {name: last[f"spread/{name}"] for name in self.weights}}
 
 
-def mean_correlation(slices):
-    """(..., n, m) -> (...): mean Pearson correlation of all pairs of the n slices, without forming the pairs: with
-    slices z centred and of norm one, |sum z|^2 = n + the sum over ordered pairs. NaN where a slice is constant."""
-    n = slices.shape[-2]
-    z = slices - slices.mean(-1, keepdim=True)
+def mean_correlation(slices, room):
+    """(steps, layers, n, m, height, width) -> (steps, layers): mean Pearson correlation of all pairs of the n slices,
+    without forming the pairs: with slices z centred and of norm one, |sum z|^2 = n + the sum over ordered pairs. NaN
+    where a slice is constant. room: memory for as many numbers."""
+    n = slices.shape[2]
+    z = room[: slices.numel()].view(slices.shape).copy_(slices).flatten(3)
+    z -= z.mean(3, keepdim=True)
     total = ((1 / z.norm(dim=-1))[..., None, :] @ z).square().sum((-2, -1))
     return (total - n) / (n * (n - 1)) if n > 1 else torch.full_like(total, math.nan)
 

@@ -14,6 +14,8 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <optional>
+#include <tuple>
 #include <vector>
 
 #include "ops.h"
@@ -63,84 +65,97 @@ struct Shape {
 // another order, and equal channels would differ.
 int64_t whole(int64_t channels) { return (channels + 15) / 16 * 16; }
 
-// The weight gradients of the groups of samples from first to last, (out, in, kernel) each, as matrix products of the
-// gradient, (out, samples x pixels), and of what those pixels see, (samples x pixels, kernel x in).
+// The weight gradients of the groups of samples from first to last, (out, in x kernel) each, as matrix products of the
+// gradient, (out, samples x pixels), and of what those pixels see, (samples x pixels, in x kernel).
 template <class T>
 void products(const Tensor& grad, const Tensor& x, const Shape& s, const Groups& samples, int64_t first, int64_t last,
               T* partials) {
-  const int64_t taps = s.kernel[0] * s.kernel[1], pixels = s.pixels[0] * s.pixels[1], most = samples.longest();
+  const int64_t pixels = s.pixels[0] * s.pixels[1], most = samples.longest();
   const int64_t height = s.image[0] + 2 * s.padding[0], width = s.image[1] + 2 * s.padding[1];
-  const int64_t out = whole(s.out), columns = whole(taps * s.in);
-  const int64_t run = s.dilation[1] == 1 ? s.kernel[1] : 1;   // pixels that lie one after the other
+  const int64_t terms = s.in * s.kernel[0] * s.kernel[1], out = whole(s.out), columns = whole(terms);
+  // What a pixel sees is copied in pieces of up to four numbers that lie one after the other.
+  const int64_t run = s.dilation[1] == 1 ? std::min<int64_t>(s.kernel[1], 4) : 1;
+  struct Piece {
+    int64_t offset, size;
+  };
+  std::vector<Piece> pieces;
+  for (int64_t c = 0; c < s.in; ++c)
+    for (int64_t i = 0; i < s.kernel[0]; ++i)
+      for (int64_t j = 0; j < s.kernel[1]; j += run)
+        pieces.push_back({(c * height + i * s.dilation[0]) * width + j * s.dilation[1],
+                          std::min(run, s.kernel[1] - j)});
   const auto strides = [](const Tensor& t) { return std::array{t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; };
   const auto of_x = strides(x), of_grad = strides(grad);
   const T* const x_data = static_cast<const T*>(x.const_data_ptr());
   const T* const grad_data = static_cast<const T*>(grad.const_data_ptr());
-  // A group's images, channels last and in a frame of zeros; what its pixels see; its gradient; their product.
-  const int64_t sizes[] = {most * height * width * s.in, most * pixels * columns, out * most * pixels, out * columns};
+  // An image in a frame of zeros; what the pixels of a group see; the group's gradient; their product.
+  const int64_t sizes[] = {s.in * height * width + 3, most * pixels * columns + 3, out * most * pixels, out * columns};
   std::vector<Tensor> memory;
   T* data[4];
   for (int i = 0; i < 4; ++i) {
     memory.push_back(torch::stable::new_empty(grad, {sizes[i]}));
     data[i] = static_cast<T*>(memory[i].mutable_data_ptr());
   }
-  const auto [images, seen, grads, product] = data;
-  std::fill_n(images, sizes[0], T(0));
+  const auto [frame, seen, grads, product] = data;
+  std::fill_n(frame, sizes[0], T(0));
   const auto matrix = [&](T* data, int64_t rows, int64_t columns) {
     return torch::stable::from_blob(data, {rows, columns}, {columns, 1}, grad.device(), grad.scalar_type());
   };
   for (int64_t g = first; g < last; ++g) {
     const auto [begin, size] = samples[g];
-    for (int64_t n = 0; n < size; ++n)
-      for (int64_t h = 0; h < s.image[0]; ++h)
-        for (int64_t w = 0; w < s.image[1]; ++w) {
-          const T* from = x_data + (begin + n) * of_x[0] + h * of_x[2] + w * of_x[3];
-          T* to = images + ((n * height + h + s.padding[0]) * width + w + s.padding[1]) * s.in;
-          for (int64_t c = 0; c < s.in; ++c) to[c] = from[c * of_x[1]];
-        }
     T* to = seen;
-    for (int64_t n = 0; n < size; ++n)
+    for (int64_t n = begin; n < begin + size; ++n) {
+      for (int64_t c = 0; c < s.in; ++c)
+        for (int64_t h = 0; h < s.image[0]; ++h) {
+          const T* from = x_data + n * of_x[0] + c * of_x[1] + h * of_x[2];
+          T* row = frame + (c * height + h + s.padding[0]) * width + s.padding[1];
+          for (int64_t w = 0; w < s.image[1]; ++w) row[w] = from[w * of_x[3]];
+        }
       for (int64_t p = 0; p < s.pixels[0]; ++p)
         for (int64_t q = 0; q < s.pixels[1]; ++q) {
-          for (int64_t i = 0; i < s.kernel[0]; ++i) {
-            const int64_t row = n * height + p * s.stride[0] + i * s.dilation[0];
-            for (int64_t j = 0; j < s.kernel[1]; j += run)
-              to = std::copy_n(images + (row * width + q * s.stride[1] + j * s.dilation[1]) * s.in, run * s.in, to);
-          }
-          to = std::fill_n(to, columns - taps * s.in, T(0));
+          const T* from = frame + p * s.stride[0] * width + q * s.stride[1];
+          for (const auto [offset, size] : pieces) std::memcpy(to, from + offset, 4 * sizeof(T)), to += size;
+          to = std::fill_n(to, columns - terms, T(0));
         }
+    }
     to = grads;
     for (int64_t o = 0; o < s.out; ++o)
-      for (int64_t n = 0; n < size; ++n)
+      for (int64_t n = begin; n < begin + size; ++n)
         for (int64_t p = 0; p < s.pixels[0]; ++p) {
-          const T* from = grad_data + (begin + n) * of_grad[0] + o * of_grad[1] + p * of_grad[2];
-          if (of_grad[3] == 1) to = std::copy_n(from, s.pixels[1], to);
-          else for (int64_t q = 0; q < s.pixels[1]; ++q) *to++ = from[q * of_grad[3]];
+          const T* from = grad_data + n * of_grad[0] + o * of_grad[1] + p * of_grad[2];
+          for (int64_t q = 0; q < s.pixels[1]; ++q) *to++ = from[q * of_grad[3]];
         }
     std::fill_n(to, (out - s.out) * size * pixels, T(0));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(matrix(product, out, columns).get(),
+    T* const result = partials + g * s.out * terms;
+    const bool direct = out == s.out && columns == terms;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(matrix(direct ? result : product, out, columns).get(),
                                                  matrix(grads, out, size * pixels).get(),
                                                  matrix(seen, size * pixels, columns).get()));
-    to = partials + g * s.out * s.in * taps;
-    for (int64_t o = 0; o < s.out; ++o)
-      for (int64_t c = 0; c < s.in; ++c)
-        for (int64_t k = 0; k < taps; ++k) *to++ = product[o * columns + k * s.in + c];
+    for (int64_t o = 0; o < s.out && !direct; ++o) std::copy_n(product + o * columns, terms, result + o * terms);
   }
 }
 
-// The same by PyTorch's convolution, (out, in / groups, kernel) with the channels that the tensors have.
+// The gradient of x (which = 0) or weight (1) by PyTorch's convolution.
+Tensor convolution_gradient(const Tensor& grad, const Tensor& x, const Tensor& weight, const int64_t* stride,
+                            const int64_t* padding, const int64_t* dilation, int64_t groups, int which) {
+  const int64_t no_padding[] = {0, 0};
+  const int32_t wanted[] = {which == 0, which == 1, 0};
+  AtenTensorHandle gradient[3];
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
+      grad.get(), x.get(), weight.get(), nullptr, 0, stride, 2, padding, 2, dilation, 2, 0, no_padding, 2, groups,
+      wanted, 3, &gradient[0], &gradient[1], &gradient[2]));
+  const Tensor all[] = {Tensor(gradient[0]), Tensor(gradient[1]), Tensor(gradient[2])};   // the others are freed
+  return all[which];
+}
+
+// The weight gradients of the groups of samples by PyTorch's convolution, (out, in / groups, kernel) with the channels
+// that the tensors have.
 void convolutions(std::vector<Tensor>& grads, std::vector<Tensor>& inputs, const Tensor& weight, const Shape& s,
                   int64_t first, int64_t last, Tensor& partials) {
   const int64_t bytes = weight.numel() * weight.element_size();
   for (int64_t g = first; g < last; ++g) {
-    const int64_t no_padding[] = {0, 0};
-    const int32_t wanted[] = {0, 1, 0};
-    AtenTensorHandle of_input, of_weight, of_bias;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
-        grads[g].get(), inputs[g].get(), weight.get(), nullptr, 0, s.stride, 2, s.padding, 2, s.dilation, 2, 0,
-        no_padding, 2, s.groups, wanted, 3, &of_input, &of_weight, &of_bias));
-    const Tensor nothing[] = {Tensor(of_input), Tensor(of_bias)};   // to be freed
-    const Tensor partial = torch::stable::contiguous(Tensor(of_weight));
+    const Tensor partial = torch::stable::contiguous(
+        convolution_gradient(grads[g], inputs[g], weight, s.stride, s.padding, s.dilation, s.groups, 1));
     std::memcpy(static_cast<char*>(partials.mutable_data_ptr()) + g * bytes, partial.const_data_ptr(), bytes);
   }
 }
@@ -199,9 +214,24 @@ Tensor conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, std::vector<
   return torch::stable::contiguous(torch::stable::narrow(partials, 2, 0, s.in));
 }
 
+// The gradients of x, by PyTorch's convolution (an empty tensor unless it is wanted), and of weight: the sum of its
+// partial gradients. One operator, since each call from Python takes as long as a small sum. conv: the stride, padding
+// and dilation of the height and the width, groups.
+std::tuple<Tensor, Tensor> conv2d_backward(Tensor grad, Tensor x, Tensor weight, std::vector<int64_t> conv,
+                                           bool of_x, int64_t splits, int64_t order, bool per_output, int64_t seed,
+                                           std::optional<Tensor> step, int64_t op) {
+  STD_TORCH_CHECK(conv.size() == 7, "conv2d_backward: conv must be seven numbers");
+  Tensor grad_x = torch::stable::new_empty(x, {0});
+  if (of_x) grad_x = convolution_gradient(grad, x, weight, &conv[0], &conv[2], &conv[4], conv[6], 0);
+  const Tensor partials = conv2d_weight_partials(grad, x, weight, {conv[0], conv[1]}, {conv[2], conv[3]},
+                                                 {conv[4], conv[5]}, conv[6], splits);
+  return {grad_x, sum_on_cpu(partials, 1, false, splits, order, per_output, seed, step, op)};
+}
+
 }  // namespace
 }  // namespace ordered
 
 STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CPU, m) {
   m.impl("conv2d_weight_partials", TORCH_BOX(&ordered::conv2d_weight_partials));
+  m.impl("conv2d_backward", TORCH_BOX(&ordered::conv2d_backward));
 }

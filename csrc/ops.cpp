@@ -190,6 +190,12 @@ bool cuda_built() {
 }
 
 }  // namespace
+
+Tensor sum_on_cpu(const Tensor& x, int64_t dims, bool keepdim, int64_t splits, int64_t order, bool per_output,
+                  int64_t seed, const std::optional<Tensor>& step, int64_t op) {
+  return sum<sum_cpu>(x, dims, keepdim, splits, order, per_output, seed, step, op);
+}
+
 }  // namespace ordered
 
 STABLE_TORCH_LIBRARY(ordered_reduce, m) {
@@ -203,6 +209,8 @@ STABLE_TORCH_LIBRARY(ordered_reduce, m) {
   m.def("sum_by_tickets(Tensor x, int dims, bool keepdim, int splits, bool take, Tensor(a!) tickets) -> Tensor");
   m.def("conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation,"
         " int groups, int splits) -> Tensor");   // conv.cpp; on the CPU alone
+  m.def("conv2d_backward(Tensor grad, Tensor x, Tensor weight, int[] conv, bool of_x, int splits, int order=0,"
+        " bool per_output=True, int seed=0, Tensor? step=None, int op=0) -> (Tensor, Tensor)");   // so is this
   m.def("cuda_built() -> bool");
 }
 

@@ -7,6 +7,8 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <optional>
+
 #include "order.h"
 
 namespace ordered {
@@ -51,6 +53,10 @@ struct Segments {
 };
 void index_add_cpu(const Reduction& r, const Segments& s, const Tensor& input, const Tensor& source, Tensor& out);
 void index_add_cuda(const Reduction& r, const Segments& s, const Tensor& input, const Tensor& source, Tensor& out);
+
+// The operator `sum` of tensors on the CPU.
+Tensor sum_on_cpu(const Tensor& x, int64_t dims, bool keepdim, int64_t splits, int64_t order, bool per_output,
+                  int64_t seed, const std::optional<Tensor>& step, int64_t op);
 
 // Calls f with a value of the C++ type.
 template <class F>

@@ -54,6 +54,12 @@ def check_tensor(function, name, x):
                            "set CUDA_HOME) and run `pip install -e csrc --force-reinstall --no-deps`")
 
 
+def order_arguments(x, order, splits, seed, step, op, scope):
+    """The order arguments of a sum of x as the operators take them. An argument more takes longer: few for fixed."""
+    key = _step(step, order, "x", x)
+    return (splits,) if order == "fixed" else (splits, ORDERS.index(order), scope == "output", seed, key, op)
+
+
 def _step(step, order, name, x):
     """step as the operators take it."""
     if isinstance(step, int) or not isinstance(step, torch.Tensor):   # an int is found out sooner
@@ -132,13 +138,12 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
     """
     check_tensor("sum", "x", x)
     check_order(order, splits, seed, op, scope, SUM_ORDERS)
-    key, dims = _step(step, order, "x", x), _mask(dim, x.ndim)
+    dims = _mask(dim, x.ndim)
     if order == "arrival":
+        _step(step, order, "x", x)
         return arrival(x, dims, keepdim, splits, step, op)
     call = _sum if x.requires_grad and torch.is_grad_enabled() else _sum_forward
-    if order == "fixed":   # an argument more takes longer too
-        return call(x, dims, keepdim, splits)
-    return call(x, dims, keepdim, splits, ORDERS.index(order), scope == "output", seed, key, op)
+    return call(x, dims, keepdim, *order_arguments(x, order, splits, seed, step, op, scope))
 
 
 # One kernel under two names: PyTorch enters Python for an operator that has a derivative, which takes longer than a
