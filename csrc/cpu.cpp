@@ -188,25 +188,28 @@ struct Halving {
     return tree(tree(v[0], v[2]), tree(v[1], v[3]));
   }
 
-  // sums[i * stride] of v[i].
-  static INLINE void to_ones(const Vector (&v)[kWide], Acc* sums, int64_t stride) {
-    Vector w[kWide / 2], sum;
+  // The sums of kWide such vectors side by side: first of two neighbours, then of all such pairs.
+  static INLINE Vector pair(Vector a, Vector b) {
+    if constexpr (kWide == 8)
+      return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+             __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    else return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  }
+  static INLINE Vector to_ones(const Vector (&pairs)[kWide / 2]) {
+    const Vector* v = pairs;
     if constexpr (kWide == 8) {
-      for (int i = 0; i < 4; ++i)
-        w[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11) +
-               __builtin_shufflevector(v[2 * i], v[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15);
+      Vector w[2];
       for (int i = 0; i < 2; ++i)
-        w[i] = __builtin_shufflevector(w[2 * i], w[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
-               __builtin_shufflevector(w[2 * i], w[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
-      sum = __builtin_shufflevector(w[0], w[1], 0, 2, 8, 10, 4, 6, 12, 14) +
-            __builtin_shufflevector(w[0], w[1], 1, 3, 9, 11, 5, 7, 13, 15);
+        w[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+               __builtin_shufflevector(v[2 * i], v[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+      const Vector sum = __builtin_shufflevector(w[0], w[1], 0, 2, 8, 10, 4, 6, 12, 14) +
+                         __builtin_shufflevector(w[0], w[1], 1, 3, 9, 11, 5, 7, 13, 15);
+      return __builtin_shufflevector(sum, sum, 0, 4, 1, 5, 2, 6, 3, 7);
     } else {
-      for (int i = 0; i < 2; ++i)
-        w[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 1, 4, 5) +
-               __builtin_shufflevector(v[2 * i], v[2 * i + 1], 2, 3, 6, 7);
-      sum = __builtin_shufflevector(w[0], w[1], 0, 4, 2, 6) + __builtin_shufflevector(w[0], w[1], 1, 5, 3, 7);
+      const Vector sum = __builtin_shufflevector(v[0], v[1], 0, 4, 2, 6) +
+                         __builtin_shufflevector(v[0], v[1], 1, 5, 3, 7);
+      return __builtin_shufflevector(sum, sum, 0, 2, 1, 3);
     }
-    for (int i = 0; i < kWide; ++i) sums[i * stride] = sum[i / 2 + i % 2 * (kWide / 2)];
   }
 };
 
@@ -469,6 +472,7 @@ struct Sum {
     return {o * r.inner + i, x + o * r.outer_stride + i, int(std::min<int64_t>(tile, r.inner - i)), 0, r.groups};
   }
   const T* terms_of(int64_t output) const {
+    if (r.inner == 1) return x + output * r.outer_stride;   // a division takes as long as twenty terms
     return x + output / r.inner * r.outer_stride + output % r.inner * r.inner_stride;
   }
 
@@ -512,36 +516,67 @@ struct Sum {
     }
   }
 
-  // The same for at most ROWS * kLanes contiguous terms: all in registers.
-  template <int ROWS>
-  INLINE void short_groups(const Place& p, const T* x, Acc* partial) const {
-    const Groups groups = this->groups;   // copies, which no store can change
-    const int64_t pitch = this->pitch;
-    const T* first = x + groups[p.first].begin;
+  // sums[g - first] of one output's groups of at most ROWS * kLanes contiguous terms, all of just so many if FULL.
+  template <int ROWS, bool FULL>
+  INLINE void short_groups(const T* x, int64_t first, int64_t last, Acc* sums) const {
+    using Ones = Halving<Acc>;
+    const Groups groups = this->groups;   // a copy, which no store can change
+    x += groups[first].begin;
     const auto next = [&](int64_t g) __attribute__((always_inline)) {
-      const int64_t n = groups[g].size;
-      const T* terms = first;
-      first += n;
+      const int64_t n = FULL ? ROWS * kLanes : groups[g].size;
+      const T* terms = x;
+      x += n;
       const bool more = g + 1 < r.groups;
       if constexpr (std::is_same_v<T, float>) {   // all lanes fit into the registers
         return with_rows<ROWS>(terms, n, more, [](const auto& row) __attribute__((always_inline)) {
           Part<T> all;
           all.template add_rows<ROWS>(row);
-          return Halving<Acc>::to_vector(all.v);
+          return Ones::to_vector(all.v);
         });
       } else {
         alignas(64) Acc lanes[kLanes];
         contiguous_rows<ROWS>(terms, n, lanes, more);
-        return Halving<Acc>::to_vector(lanes);
+        return Ones::to_vector(lanes);
       }
     };
-    int64_t g = p.first;
-    for (; ROWS == 1 && g + kWide <= p.last; g += kWide) {   // of more rows, halving is the smaller part
-      typename Halving<Acc>::Vector sums[kWide];
-      for (int i = 0; i < kWide; ++i) sums[i] = next(g + i);
-      Halving<Acc>::to_ones(sums, partial + g * pitch, pitch);
+    int64_t g = first;
+    for (; FULL && g + kWide <= last; g += kWide, sums += kWide) {
+      typename Ones::Vector pairs[kWide / 2];
+#pragma GCC unroll 4
+      for (int i = 0; i < kWide / 2; ++i) {
+        const typename Ones::Vector left = next(g + 2 * i);
+        pairs[i] = Ones::pair(left, next(g + 2 * i + 1));
+      }
+      *reinterpret_cast<typename Ones::Vector*>(sums) = Ones::to_ones(pairs);
     }
-    for (; g < p.last; ++g) partial[g * pitch] = Halving<Acc>::to_one(next(g));
+#pragma GCC unroll 1
+    for (; g < last; ++g) *sums++ = Ones::to_one(next(g));
+  }
+
+  // partial[g * kSide + output] for such groups of one tile.
+  template <int ROWS>
+  INLINE void short_partials(const Place& p, Acc* partial) const {
+    constexpr int kMost = 64;   // groups at a time
+    alignas(64) Acc sums[kWide][kMost];
+    const Acc* row[kWide];
+    for (int i = 0; i < kWide; ++i) row[i] = sums[i];
+    const bool full = std::is_same_v<T, Acc> && r.terms == r.groups * ROWS * kLanes;
+    for (int64_t first = p.first; first < p.last; first += kMost) {
+      const int64_t last = std::min(p.last, first + kMost);
+      for (int w = 0; w < p.width; w += kWide) {
+        const int outputs = std::min(kWide, p.width - w);
+        for (int i = 0; i < outputs; ++i) {
+          const T* terms = terms_of(p.output + w + i);
+          full ? short_groups<ROWS, std::is_same_v<T, Acc>>(terms, first, last, sums[i])
+               : short_groups<ROWS, false>(terms, first, last, sums[i]);
+        }
+        Acc* const to = partial + first * kSide + w;
+        if (outputs == kWide) transpose(row, last - first, to);
+        else
+          for (int64_t g = 0; g < last - first; ++g)
+            for (int i = 0; i < outputs; ++i) to[g * kSide + i] = sums[i][g];
+      }
+    }
   }
 
   // partial[g * pitch + output] for the groups of one tile, where the terms of an output lie side by side.
@@ -566,16 +601,19 @@ struct Sum {
         if (!one) add_lanes(sums, leaves.left, done, partial + g * pitch);
       }
     }
+    if (groups.longest() > 8 && groups.longest() <= kBlock && done < p.width) {
+      if (groups.longest() <= 1 * kLanes) short_partials<1>(p, partial);
+      else if (groups.longest() <= 2 * kLanes) short_partials<2>(p, partial);
+      else if (groups.longest() <= 4 * kLanes) short_partials<4>(p, partial);
+      else short_partials<8>(p, partial);
+      return;
+    }
     for (int w = done; w < p.width; ++w) {
       const T* terms = terms_of(p.output + w);
       if (groups.longest() == 1) tiny_groups<1>(p, terms, partial + w);
       else if (groups.longest() == 2) tiny_groups<2>(p, terms, partial + w);
       else if (groups.longest() <= 4) tiny_groups<4>(p, terms, partial + w);
       else if (groups.longest() <= 8) tiny_groups<8>(p, terms, partial + w);
-      else if (groups.longest() <= 1 * kLanes) short_groups<1>(p, terms, partial + w);
-      else if (groups.longest() <= 2 * kLanes) short_groups<2>(p, terms, partial + w);
-      else if (groups.longest() <= 4 * kLanes) short_groups<4>(p, terms, partial + w);
-      else if (groups.longest() <= 8 * kLanes) short_groups<8>(p, terms, partial + w);
       else if (groups.longest() <= kChunk)   // one piece: without a counter's branches
         for (int64_t g = p.first; g < p.last; ++g) {
           alignas(64) Acc sum[kLanes];
@@ -679,19 +717,21 @@ struct Sum {
       });
       return;
     }
-    // Few outputs, long groups: threads share the chunks of a group, whose lane sums are then added up the same tree.
+    // Few outputs, long groups: threads share the groups, or the chunks of each where groups cannot be shared out
+    // evenly; the chunks' lane sums are then added up the same tree.
     if (!across) tile = 1, tasks = r.outputs();
-    const int64_t chunks = (groups.longest() + kChunk - 1) / kChunk, piece = int64_t(lanes) * tile;
+    const int64_t share = tasks * r.groups % threads == 0 ? groups.longest() : kChunk;
+    const int64_t chunks = (groups.longest() + share - 1) / share, piece = int64_t(lanes) * tile;
     std::unique_ptr<Acc[]> sums(new Acc[tasks * r.groups * chunks * piece]);
     torch::stable::parallel_for(0, tasks * r.groups * chunks, 1, [&](int64_t first, int64_t last) {
-      Counter<Acc> counter(piece, kChunk / kBlock);
+      Counter<Acc> counter(piece, blocks);
       for (int64_t job = first; job < last;) {
         const Place p = place(job / chunks / r.groups);
         const Group group = groups[job / chunks % r.groups];
         const Terms<T> all{across ? p.x : terms_of(p.output), r.term_stride, r.rows};
         const int64_t chunk = job % chunks, end = std::min(chunks, chunk + last - job);
         for (int64_t c = chunk; c < end; ++c, ++job) {
-          const int64_t begin = c * kChunk, n = std::min(group.size - begin, kChunk);
+          const int64_t begin = c * share, n = std::min(group.size - begin, share);
           if (n <= 0) continue;
           const Acc* sum = lanes_of(all.from(group.begin + begin), n, p.width, counter);
           std::copy(sum, sum + lanes * p.width, sums.get() + job * piece);
@@ -703,7 +743,7 @@ struct Sum {
       const Place p = place(task);
       for (int64_t g = 0; g < r.groups; ++g) {
         Acc* const sum = sums.get() + (task * r.groups + g) * chunks * piece;
-        const int64_t all = (groups[g].size + kChunk - 1) / kChunk;
+        const int64_t all = (groups[g].size + share - 1) / share;
         for (int64_t distance = 1; distance < all; distance *= 2)
           for (int64_t k = 0; k + distance < all; k += 2 * distance)
             for (int64_t i = 0; i < lanes * p.width; ++i) sum[k * piece + i] += sum[(k + distance) * piece + i];

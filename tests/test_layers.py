@@ -124,7 +124,7 @@ def test_equal_channels_stay_equal_at_any_number_and_with_any_threads(device, ch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels,kernel,stride,padding,dilation,channel_groups", [
     ((4, 6), (3, 3), 2, 1, 1, 1), ((16, 32), (3, 3), 2, 1, 1, 1), ((4, 6), (3, 2), 2, (1, 0), (1, 2), 1),
-    ((5, 6), (1, 1), 1, 0, 1, 1), ((5, 16), (1, 1), 2, 1, 1, 1),   # matrix products, then convolutions
+    ((3, 6), (2, 5), 2, (0, 2), 1, 1), ((5, 6), (1, 1), 1, 0, 1, 1), ((5, 16), (1, 1), 2, 1, 1, 1),   # matrix products, then convolutions
     ((4, 6), (3, 3), 1, 1, 1, 1), ((4, 6), (2, 3), 1, (0, 2), 2, 2), ((6, 6), (3, 3), 1, 1, 1, 6)], ids=str)
 def test_weight_partials_of_the_cpu(dtype, channels, kernel, stride, padding, dilation, channel_groups):
     """The operator's gradients are the library's, group by group, whatever the strides of the tensors."""
@@ -149,12 +149,26 @@ def test_weight_partials_of_the_cpu(dtype, channels, kernel, stride, padding, di
 
 
 @pytest.mark.parametrize("size", [3, 9])
-def test_a_gradient_with_a_graph_has_the_same_bits(device, size):
+@pytest.mark.parametrize("order", ["fixed", "shuffled", "exact"])
+def test_a_gradient_with_a_graph_has_the_same_bits(device, size, order):
+    """Without one, the CPU computes both gradients in one operator."""
     torch.manual_seed(0)
-    x, weight = torch.randn(9, 3, size, size, device=device), torch.randn(5, 3, 3, 3, device=device, requires_grad=True)
-    plain, graph = (torch.autograd.grad(ordered_reduce.conv2d(x, weight, padding=1).square().sum(), weight, create_graph=g)[0]
-                    for g in (False, True))
-    assert torch.equal(plain, graph)
+    x, weight = torch.randn(9, 4, size, size, device=device), torch.randn(6, 2, 3, 3, device=device, requires_grad=True)
+    for wanted in ((weight,), (weight, x.requires_grad_())):
+        plain, graph = (torch.autograd.grad(
+            ordered_reduce.conv2d(x, weight, None, 2, (1, 2), groups=2, order=order, seed=3, step=2, op=1).square().sum(),
+            wanted, create_graph=create) for create in (False, True))
+        assert all(map(torch.equal, plain, graph))
+
+
+def test_backward_of_the_cpu():
+    x, weight, grad = torch.randn(4, 3, 5, 5), torch.randn(2, 3, 3, 3), torch.randn(4, 2, 3, 3)
+    for of_x in (True, False):
+        for order in ((8,), (8, 1, True, 5, torch.tensor(3), 2)):
+            arguments = (grad, x, weight, [1, 1, 0, 0, 1, 1, 1], of_x, *order)
+            torch.library.opcheck(torch.ops.ordered_reduce.conv2d_backward.default, arguments)
+    with pytest.raises(RuntimeError, match="conv2d_backward"):
+        torch.ops.ordered_reduce.conv2d_backward(grad, x, weight, [1, 1], True, 8)
 
 
 def test_arms_share_their_partial_sums(device):

@@ -59,14 +59,18 @@ def test_equals_the_reference(device, dtype, splits, arguments):
 
 @pytest.mark.parametrize("arguments", REPEATABLE, ids=lambda a: "-".join(map(str, a.values())))
 def test_many_outputs_equal_the_reference(device, arguments):
-    for shape, dtype in [((9, 700), torch.float32), ((100, 75), torch.float32), ((100, 75), torch.float64), ((7, 41), torch.float64),
-                         ((250, 41), torch.float32), ((700, 70), torch.float32), ((3000, 300), torch.float32)]:
+    single, double = torch.float32, torch.float64
+    for shape, dtype, splits in [((9, 700), single, 8), ((100, 75), single, 8), ((100, 75), double, 8), ((7, 41), double, 8),
+                                 ((250, 41), single, 8), ((700, 70), single, 8), ((3000, 300), single, 8),
+                                 ((256, 19), single, 8), ((1024, 9), single, 8), ((2048, 9), single, 8),   # groups of whole rows
+                                 ((576, 9), single, 9), ((640, 10), double, 5), ((2240, 9), single, 70)]:
         x = noise(*shape, dtype=dtype)
-        expected = reference.ordered_sum(x, 8, **arguments)
-        assert same_bits(ordered_reduce.sum(x.to(device), 0, **arguments), expected)
+        expected = reference.ordered_sum(x, splits, **arguments)
+        assert same_bits(ordered_reduce.sum(x.to(device), 0, splits=splits, **arguments), expected)
         rows = x.t().contiguous().to(device)
-        assert same_bits(ordered_reduce.sum(rows, 1, **arguments), expected)
-        assert same_bits(ordered_reduce.sum(torch.cat([rows, rows], 1)[:, : len(x)], 1, **arguments), expected)   # apart
+        assert same_bits(ordered_reduce.sum(rows, 1, splits=splits, **arguments), expected)
+        apart = torch.cat([rows, rows], 1)[:, : len(x)]
+        assert same_bits(ordered_reduce.sum(apart, 1, splits=splits, **arguments), expected)
 
 
 # -------------------------------------------------------------------------------------------------------- accuracy
