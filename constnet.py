@@ -981,7 +981,7 @@ def draw_sparse(rows, path):
             axis.fill_between(x, low, high, color=f"C{which % 10}", alpha=0.15)
     axes[0].set(xlabel="epoch", ylabel="test accuracy [%]")
     axes[1].set(xlabel="epoch", ylabel="weights of convolutions that are not 0 [%]")
-    axes[1].legend()
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     save_figure(figure, path)
 
 
