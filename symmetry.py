@@ -9,7 +9,7 @@ equal: the weights at the start, and for one seed the batches. How far the chann
 noise; at 1 % the symmetry counts as broken.
 
     python symmetry.py                     # digits, one seed: three minutes of a core, shared out over the cores
-    python symmetry.py --seeds 3           # with intervals: results/symmetry/digits
+    python symmetry.py --seeds 10          # with intervals, as in results/symmetry
     python symmetry.py --parts noise       # the noises alone; layers: order noise in one layer; windows: at few steps
 
 Every run writes config.json, metrics.csv (a row per part, arm, seed and step), summary.json, spread.png and
@@ -343,13 +343,13 @@ def draw_figures(rows, summary, directory):
             for seed in sorted({row["seed"] for row in rows}):
                 mine = [row for row in rows if (row["part"], row["arm"], row["seed"]) == (part, arm, seed)]
                 axis.plot([row["step"] for row in mine], [row["spread"] or math.nan for row in mine], color=color,
-                          linewidth=1, alpha=0.8, label=arm if seed == 0 else None)
+                          linewidth=0.8, alpha=0.7, label=arm if seed == 0 else None)
         axis.axhline(BROKEN, color="0.4", linewidth=0.8, linestyle="--")
         axis.set(yscale="log", xlabel="step", title=part, ylabel="spread, |W - mean| / |W|, largest")
-        axis.legend(fontsize=6)
+        axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
     parts = list(dict.fromkeys(arm["part"] for arm in summary))
-    figure, axes = plt.subplots(1, len(parts), figsize=(6 * len(parts), 4.5), squeeze=False, sharey=True,
+    figure, axes = plt.subplots(1, len(parts), figsize=(6 * len(parts), 5.5), squeeze=False, sharey=True,
                                 layout="constrained")
     for axis, part in zip(axes[0], parts, strict=True):
         curves(axis, part)
@@ -364,7 +364,7 @@ def draw_figures(rows, summary, directory):
         runs = [run for run in runs if run["predicted"]]
         by_prediction.plot([run["passed"] for run in runs], [run["predicted"] for run in runs], **style)
     by_size.set(xscale="log", xlabel="first spread", ylabel=f"step at which the spread passes {BROKEN:.0%}")
-    by_size.legend(fontsize=6)
+    figure.legend(*by_size.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     ends = [run[key] for arm in noises for run in arm["runs"].values() for key in ("passed", "predicted") if run[key]]
     by_prediction.axline((min(ends, default=0),) * 2, slope=1, color="0.4", linewidth=0.8, linestyle="--")
     by_prediction.set(xlabel="step, measured", ylabel=f"first step + ln({BROKEN} / first spread) / rate")
