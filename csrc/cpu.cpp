@@ -542,7 +542,6 @@ struct Sum {
     int64_t g = first;
     for (; FULL && g + kWide <= last; g += kWide, sums += kWide) {
       typename Ones::Vector pairs[kWide / 2];
-#pragma GCC unroll 4
       for (int i = 0; i < kWide / 2; ++i) {
         const typename Ones::Vector left = next(g + 2 * i);
         pairs[i] = Ones::pair(left, next(g + 2 * i + 1));
@@ -553,21 +552,22 @@ struct Sum {
     for (; g < last; ++g) *sums++ = Ones::to_one(next(g));
   }
 
-  // partial[g * kSide + output] for such groups of one tile.
+  // partial[g * kSide + output] for such groups of the outputs of one tile from `done` on.
   template <int ROWS>
-  INLINE void short_partials(const Place& p, Acc* partial) const {
+  INLINE void short_partials(const Place& p, int done, Acc* partial) const {
     constexpr int kMost = 64;   // groups at a time
+    constexpr bool kFull = std::is_same_v<T, Acc>;   // others are converted first, which takes longer
     alignas(64) Acc sums[kWide][kMost];
     const Acc* row[kWide];
     for (int i = 0; i < kWide; ++i) row[i] = sums[i];
-    const bool full = std::is_same_v<T, Acc> && r.terms == r.groups * ROWS * kLanes;
+    const bool full = r.terms == r.groups * ROWS * kLanes;
     for (int64_t first = p.first; first < p.last; first += kMost) {
       const int64_t last = std::min(p.last, first + kMost);
-      for (int w = 0; w < p.width; w += kWide) {
+      for (int w = done; w < p.width; w += kWide) {
         const int outputs = std::min(kWide, p.width - w);
         for (int i = 0; i < outputs; ++i) {
           const T* terms = terms_of(p.output + w + i);
-          full ? short_groups<ROWS, std::is_same_v<T, Acc>>(terms, first, last, sums[i])
+          full ? short_groups<ROWS, kFull>(terms, first, last, sums[i])
                : short_groups<ROWS, false>(terms, first, last, sums[i]);
         }
         Acc* const to = partial + first * kSide + w;
@@ -601,11 +601,11 @@ struct Sum {
         if (!one) add_lanes(sums, leaves.left, done, partial + g * pitch);
       }
     }
-    if (groups.longest() > 8 && groups.longest() <= kBlock && done < p.width) {
-      if (groups.longest() <= 1 * kLanes) short_partials<1>(p, partial);
-      else if (groups.longest() <= 2 * kLanes) short_partials<2>(p, partial);
-      else if (groups.longest() <= 4 * kLanes) short_partials<4>(p, partial);
-      else short_partials<8>(p, partial);
+    if (groups.longest() > 8 && groups.longest() <= kBlock) {
+      if (groups.longest() <= 1 * kLanes) short_partials<1>(p, done, partial);
+      else if (groups.longest() <= 2 * kLanes) short_partials<2>(p, done, partial);
+      else if (groups.longest() <= 4 * kLanes) short_partials<4>(p, done, partial);
+      else short_partials<8>(p, done, partial);
       return;
     }
     for (int w = done; w < p.width; ++w) {

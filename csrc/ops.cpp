@@ -19,16 +19,16 @@ struct Axis {
 };
 
 // Joins neighbours that one stride can walk, and leaves out axes of size one.
-std::vector<Axis> merge(const std::vector<Axis>& axes) {
-  std::vector<Axis> merged;
-  for (const Axis& axis : axes) {
+void merge(std::vector<Axis>& axes) {
+  size_t n = 0;
+  for (const Axis axis : axes) {
     if (axis.size == 1) continue;
-    if (!merged.empty() && merged.back().stride == axis.size * axis.stride)
-      merged.back() = {merged.back().size * axis.size, axis.stride};
+    if (n > 0 && axes[n - 1].stride == axis.size * axis.stride)
+      axes[n - 1] = {axes[n - 1].size * axis.size, axis.stride};
     else
-      merged.push_back(axis);
+      axes[n++] = axis;
   }
-  return merged;
+  axes.resize(n);
 }
 
 // A contiguous tensor with the dtype and device of x; past the dispatcher, which takes longer than a small sum.
@@ -85,6 +85,8 @@ Tensor reduce(Launch launch, Reduction r, const Tensor& x, int64_t dims, bool ke
 
   std::vector<Axis> kept, terms;
   std::vector<int64_t> sizes, order_of_axes;
+  for (std::vector<Axis>* axes : {&kept, &terms}) axes->reserve(x.dim());   // a small sum takes as long as allocations
+  for (std::vector<int64_t>* numbers : {&sizes, &order_of_axes}) numbers->reserve(x.dim());
   for (int64_t d = 0; d < x.dim(); ++d) {
     if (!reduced(d)) kept.push_back({x.size(d), x.stride(d)}), order_of_axes.push_back(d);
     if (!reduced(d) || keepdim) sizes.push_back(reduced(d) ? 1 : x.size(d));
@@ -99,7 +101,7 @@ Tensor reduce(Launch launch, Reduction r, const Tensor& x, int64_t dims, bool ke
   // Two kept axes and one reduced axis, of any strides, are walked where they lie. Anything else is laid out first,
   // kept axes then reduced axes, each in index order: a copy, but the same terms in the same order.
   Tensor input = x;
-  kept = merge(kept), terms = merge(terms);
+  merge(kept), merge(terms);
   if (kept.size() > 2 || terms.size() > 1) {
     input = torch::stable::contiguous(permute(x, order_of_axes));
     kept.assign(1, {out.numel(), x.numel() / out.numel()});
