@@ -25,6 +25,7 @@ constexpr int64_t kGrain = 1 << 15;                 // terms below which a secon
 constexpr int kWidest = 512;                        // adjacent outputs that are summed together, at most
 constexpr int kSide = 32;                           // outputs whose permutations are drawn side by side
 constexpr int kTransposed = 256;                    // terms of an output up to which outputs are laid side by side
+constexpr int64_t kCached = 1 << 24;                // bytes of terms from which on they are read from memory
 
 template <class T>
 const T kNothing = T(-0.0f);
@@ -582,7 +583,10 @@ struct Sum {
   // partial[g * pitch + output] for the groups of one tile, where the terms of an output lie side by side.
   INLINE void contiguous_partials_any(const Place& p, Acc* partial, Counter<Acc>& counter) const {
     int done = 0;
-    if (r.terms <= kTransposed && groups.longest() < kLanes && p.last - p.first == r.groups) {
+    // Several rows of 256 bytes or more at a time come from memory at a third of its rate. (Half types gain even so.)
+    const int64_t bytes = r.terms * int64_t(sizeof(T));
+    const bool beside = sizeof(T) == 2 || bytes < 256 || bytes * r.outputs() <= kCached;
+    if (r.terms <= kTransposed && groups.longest() < kLanes && p.last - p.first == r.groups && beside) {
       done = p.width / kWide * kWide;   // few terms: outputs side by side, after all
       alignas(64) Acc terms[kTransposed * kSide], sums[kLanes / kRows * kSide], wide[kWide][kTransposed];
       for (int w = 0; w < done; w += kWide) {

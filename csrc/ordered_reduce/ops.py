@@ -71,9 +71,8 @@ def _step(step, order, name, x):
 
 
 def _mask(dim, ndim):
-    """The dimensions to sum as the operators take them, since a list takes longer than a small sum: bit d is d's."""
-    if dim is None:
-        return -1
+    """The dimensions to sum as the operators take them, since a list takes longer than a small sum: bit d is d's. (-1
+    is all.)"""
     if isinstance(dim, int) and 0 <= dim < ndim:
         return 1 << dim
     mask = 0
@@ -138,11 +137,13 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
     """
     check_tensor("sum", "x", x)
     check_order(order, splits, seed, op, scope, SUM_ORDERS)
-    dims = _mask(dim, x.ndim)
+    dims = -1 if dim is None else _mask(dim, x.ndim)
     if order == "arrival":
         _step(step, order, "x", x)
         return arrival(x, dims, keepdim, splits, step, op)
     call = _sum if x.requires_grad and torch.is_grad_enabled() else _sum_forward
+    if order == "fixed" and type(step) is int:   # the most frequent case; of a small sum, each call here is a percent
+        return call(x, dims, keepdim, splits)
     return call(x, dims, keepdim, *order_arguments(x, order, splits, seed, step, op, scope))
 
 
