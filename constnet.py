@@ -411,7 +411,9 @@ class Symmetry:
         self.watched = []                                 # (step, layers, whether each is broken) not looked at yet
         stem, size = self.weights["stem"], sum(weight.numel() for weight in self.weights.values())
         self.kept = stem.new_empty(max(1, min(16, (1 << (28 if stem.is_cuda else 22)) // size)), size)
-        self.room = stem.new_empty(self.kept.numel())   # new memory takes a CPU longer than all that is computed in it
+        # To compute in: new memory takes a CPU longer than what is computed in it.
+        most = max(len(names) * shape.numel() for shape, names in self.alike.items())
+        self.room = stem.new_empty(len(self.kept) * most)
         # Two filters are taken for equal where a random linear form of their bits agrees: wrong once in 2^32.
         longest = max(weight[0].numel() for weight in self.weights.values())
         generator = torch.Generator().manual_seed(0)

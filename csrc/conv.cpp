@@ -221,10 +221,10 @@ std::tuple<Tensor, Tensor> conv2d_backward(Tensor grad, Tensor x, Tensor weight,
                                            bool of_x, int64_t splits, int64_t order, bool per_output, int64_t seed,
                                            std::optional<Tensor> step, int64_t op) {
   STD_TORCH_CHECK(conv.size() == 7, "conv2d_backward: conv must be seven numbers");
+  const Tensor partials = conv2d_weight_partials(grad, x, weight, {conv[0], conv[1]}, {conv[2], conv[3]},
+                                                 {conv[4], conv[5]}, conv[6], splits);   // which checks the arguments
   Tensor grad_x = torch::stable::new_empty(x, {0});
   if (of_x) grad_x = convolution_gradient(grad, x, weight, &conv[0], &conv[2], &conv[4], conv[6], 0);
-  const Tensor partials = conv2d_weight_partials(grad, x, weight, {conv[0], conv[1]}, {conv[2], conv[3]},
-                                                 {conv[4], conv[5]}, conv[6], splits);
   return {grad_x, sum_on_cpu(partials, 1, false, splits, order, per_output, seed, step, op)};
 }
 

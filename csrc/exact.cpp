@@ -523,6 +523,19 @@ struct ExactSum {
     std::unique_ptr<Running[]> sums(cut.pieces > 1 ? new Running[tasks * cut.pieces * width] : nullptr);
     torch::stable::parallel_for(0, tasks * cut.pieces, cut.grain, [&](int64_t first, int64_t last) {
       const std::unique_ptr<Lanes<A>> lanes(new Lanes<A>);
+      if (!across && !sums) {   // an output a task: kSide of them are rounded side by side
+        Side side = {};
+        int waiting = 0;
+        for (int64_t job = first; job < last; ++job) {
+          Running sum;
+          (this->*add)(job, 0, r.terms, *lanes, &sum);
+          side.set(waiting++, sum);
+          if (waiting < kSide && job + 1 < last) continue;
+          settle(job + 1 - waiting, waiting, side);
+          waiting = 0;
+        }
+        return;
+      }
       for (int64_t job = first; job < last; ++job) {
         const int64_t begin = job % cut.pieces * cut.length;
         (this->*add)(output(job / cut.pieces), begin, std::min(r.terms, begin + cut.length), *lanes,
