@@ -25,6 +25,7 @@ constexpr int64_t kGrain = 1 << 15;                 // terms below which a secon
 constexpr int kWidest = 512;                        // adjacent outputs that are summed together, at most
 constexpr int kSide = 32;                           // outputs whose permutations are drawn side by side
 constexpr int kTransposed = 256;                    // terms of an output up to which outputs are laid side by side
+constexpr int kFew = 16;                            // groups up to which an output's are added one after the other
 constexpr int64_t kCached = 1 << 24;                // bytes of terms from which on they are read from memory
 
 template <class T>
@@ -59,30 +60,40 @@ INLINE void add_rows(int rows, const T* const (&row)[kRows], int width, Acc* sum
   }
 }
 
-// A part of the 32 lanes in vectors: in four, since three times as many fit into the registers.
+// A part of the 32 lanes in vectors: in four, since three times as many fit into the registers. (Where they are an
+// array, the compiler keeps them in memory.)
 template <class T>
 struct Part {
   typedef T Vector __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));
-  static constexpr int kVectors = 4, kWidth = kVectors * 32 / sizeof(T);   // lanes
-  Vector v[kVectors];
+  static constexpr int kWidth = 4 * 32 / sizeof(T);   // lanes
+  Vector a, b, c, d;
 
-  INLINE void add(const Part& other) {
-    for (int k = 0; k < kVectors; ++k) v[k] += other.v[k];
+  INLINE void load(const T* x) {
+    const Vector* v = reinterpret_cast<const Vector*>(x);
+    a = v[0], b = v[1], c = v[2], d = v[3];
   }
-  INLINE void set_pair(const T* a, const T* b) {
-    const Vector *first = reinterpret_cast<const Vector*>(a), *second = reinterpret_cast<const Vector*>(b);
-    for (int k = 0; k < kVectors; ++k) v[k] = first[k] + second[k];
-    std::atomic_signal_fence(std::memory_order_seq_cst);   // or the compiler mixes the rows
+  INLINE void add(const T* x) {
+    const Vector* v = reinterpret_cast<const Vector*>(x);
+    a += v[0], b += v[1], c += v[2], d += v[3];
   }
-  // The tree over row(0) ... row(ROWS - 1), read from front to back, which memory serves fastest: two rows at a time.
+  INLINE void add(const Part& right) { a += right.a, b += right.b, c += right.c, d += right.d; }
+  INLINE void store(T* x) const {
+    Vector* v = reinterpret_cast<Vector*>(x);
+    v[0] = a, v[1] = b, v[2] = c, v[3] = d;
+  }
+
+  // The tree over row(first) ... row(first + ROWS - 1), read from front to back, which memory serves fastest.
   template <int ROWS, class Row>
-  INLINE void add_rows(const Row& row) {
-    Part b, c;
-    if constexpr (ROWS == 1)
-      for (int k = 0; k < kVectors; ++k) v[k] = reinterpret_cast<const Vector*>(row(0))[k];
-    if constexpr (ROWS >= 2) set_pair(row(0), row(1));
-    if constexpr (ROWS >= 4) b.set_pair(row(2), row(3)), add(b);
-    if constexpr (ROWS == 8) b.set_pair(row(4), row(5)), c.set_pair(row(6), row(7)), b.add(c), add(b);
+  INLINE void add_rows(const Row& row, int first = 0) {
+    if constexpr (ROWS == 1) load(row(first));
+    else if constexpr (ROWS == 2) {
+      load(row(first)), add(row(first + 1));
+      asm volatile("" ::: "memory");   // or the compiler mixes the rows
+    } else {
+      Part right;
+      add_rows<ROWS / 2>(row, first), right.template add_rows<ROWS / 2>(row, first + ROWS / 2);
+      add(right);
+    }
   }
 };
 
@@ -130,9 +141,10 @@ INLINE void contiguous_rows(const T* x, int64_t n, Acc* lanes, bool more = false
   with_rows<ROWS>(x, n, more, [lanes](const auto& row) __attribute__((always_inline)) {
     if constexpr (ROWS > 1 && std::is_same_v<T, Acc>) {
       for (int l = 0; l < kLanes; l += Part<T>::kWidth) {
-        Part<T> part;
-        part.template add_rows<ROWS>([&](int i) __attribute__((always_inline)) { return row(i) + l; });
-        for (int k = 0; k < part.kVectors; ++k) reinterpret_cast<typename Part<T>::Vector*>(lanes + l)[k] = part.v[k];
+        const auto part = [&](int i) __attribute__((always_inline)) { return row(i) + l; };
+        Part<T> sum;
+        sum.template add_rows<ROWS>(part);
+        sum.store(lanes + l);
       }
     } else {
       const T* rows[kRows] = {};
@@ -142,26 +154,31 @@ INLINE void contiguous_rows(const T* x, int64_t n, Acc* lanes, bool more = false
   });
 }
 
-// The same of at most kBlock * 8^LEVEL terms, each level eight parts of the one below.
-template <int LEVEL, class T, class Acc>
+// The same of n <= kChunk terms. A block's sum is at once added to those that wait for it: bit i of the number of blocks
+// so far says whether a sum of 2^i blocks waits. (What is kept is little, and kept in one place: stores hold up loads.)
+template <class T, class Acc>
 INLINE void contiguous_blocks(const T* x, int64_t n, Acc* lanes) {
-  if constexpr (LEVEL == 0) {
-    if (n > 4 * kLanes) contiguous_rows<8>(x, n, lanes);
-    else if (n > 2 * kLanes) contiguous_rows<4>(x, n, lanes);
-    else if (n > 1 * kLanes) contiguous_rows<2>(x, n, lanes);
-    else contiguous_rows<1>(x, n, lanes);
-  } else {
-    constexpr int64_t kPart = kBlock << 3 * (LEVEL - 1);
-    if (n <= kPart) return contiguous_blocks<LEVEL - 1>(x, n, lanes);
-    alignas(64) Acc sums[kRows][kLanes];
-    const Acc* row[kRows];
-    const int whole = int(n / kPart), parts = int((n + kPart - 1) / kPart), wanted = next_power_of_two(parts);
-    for (int k = 0; k < whole; ++k) contiguous_blocks<LEVEL - 1>(x + k * kPart, kPart, sums[k]);
-    if (whole < parts) contiguous_blocks<LEVEL - 1>(x + whole * kPart, n - whole * kPart, sums[whole]);
-    for (int k = parts; k < wanted; ++k) std::fill(sums[k], sums[k] + kLanes, kNothing<Acc>);
-    for (int k = 0; k < kRows; ++k) row[k] = sums[k];
-    add_rows(wanted, row, kLanes, lanes);
+  alignas(64) Acc waiting[std::bit_width(uint64_t(kChunk / kBlock))][kLanes];
+  int blocks = 0, level;
+  for (; n >= kBlock; n -= kBlock, x += kBlock, ++blocks) {
+    if constexpr (!std::is_same_v<T, Acc>) contiguous_rows<kRows>(x, kBlock, lanes);
+    for (int l = 0; l < kLanes; l += Part<Acc>::kWidth) {
+      Part<Acc> sum;
+      if constexpr (!std::is_same_v<T, Acc>) sum.load(lanes + l);
+      else sum.template add_rows<kRows>([=](int i) __attribute__((always_inline)) { return x + i * kLanes + l; });
+      for (level = 0; blocks >> level & 1; ++level) sum.add(waiting[level] + l);
+      sum.store(waiting[level] + l);
+    }
   }
+  level = 0;
+  if (n > 4 * kLanes) contiguous_rows<8>(x, n, lanes);
+  else if (n > 2 * kLanes) contiguous_rows<4>(x, n, lanes);
+  else if (n > 1 * kLanes) contiguous_rows<2>(x, n, lanes);
+  else if (n > 0) contiguous_rows<1>(x, n, lanes);
+  else level = std::countr_zero(unsigned(blocks)), std::copy_n(waiting[level++], kLanes, lanes);
+  for (; blocks >> level; ++level)
+    if (blocks >> level & 1)
+      for (int l = 0; l < kLanes; ++l) lanes[l] = waiting[level][l] + lanes[l];
 }
 
 // The sum of 32 lanes, by halving, in registers: until one vector is left, then in that, or in the kWide vectors of as
@@ -169,20 +186,15 @@ INLINE void contiguous_blocks(const T* x, int64_t n, Acc* lanes) {
 template <class Acc>
 struct Halving {
   using Vector = typename Part<Acc>::Vector;
-  static constexpr int kWide = 32 / sizeof(Acc), kVectors = kLanes / kWide;
+  static constexpr int kWide = 32 / sizeof(Acc);
 
   static INLINE Vector to_vector(const Acc* lanes) {
-    Vector v[kVectors];
-    for (int i = 0; i < kVectors; ++i) v[i] = reinterpret_cast<const Vector*>(lanes)[i];
-    return to_vector(v);
+    Part<Acc> sum;
+    sum.load(lanes);
+    if constexpr (kWide == 4) sum.add(lanes + kLanes / 2);
+    return to_vector(sum);
   }
-
-  static INLINE Vector to_vector(Vector (&v)[kVectors]) {
-#pragma GCC unroll 3
-    for (int half = kVectors / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) v[i] += v[i + half];
-    return v[0];
-  }
+  static INLINE Vector to_vector(const Part<Acc>& sum) { return (sum.a + sum.c) + (sum.b + sum.d); }
 
   static INLINE Acc to_one(Vector v) {
     if constexpr (kWide == 8) v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 4, 5, 6, 7);
@@ -436,6 +448,8 @@ struct Sum {
   Groups groups;
   bool across;           // neighbouring outputs are added side by side, a vector of them at a time
   bool contiguous;       // else: the terms of an output lie side by side
+  bool beside;           // and are so few that neighbouring outputs are laid side by side, after all
+  bool at_once;          // an output's groups are added as soon as they are there: see contiguous_blocks
   Leaves leaves;
   int lanes;             // sums of a piece of a group
   int tile;              // outputs of one task
@@ -456,6 +470,13 @@ struct Sum {
     while (!across && tile > 1 && groups.longest() <= kChunk && (r.outputs() + tile - 1) / tile < enough) tile /= 2;
     pitch = (tile + kSide - 1) / kSide * kSide;
     tiles = (r.inner + tile - 1) / tile;
+    const int64_t bytes = r.terms * int64_t(sizeof(T));
+    // Several rows of 256 bytes or more at a time come from memory at a third of its rate. (Half types gain even so.)
+    beside = contiguous && r.terms <= kTransposed && groups.longest() < kLanes &&
+             (sizeof(T) == 2 || bytes < 256 || bytes * r.outputs() <= kCached);
+    at_once = contiguous && !beside && groups.longest() > 8 && groups.longest() <= kChunk && r.groups <= kFew &&
+              (r.outputs() >= enough || r.outputs() * r.terms < 2 * kGrain) &&
+              (r.order == Order::fixed || (r.order == Order::shuffled && !r.per_output));
     std::iota(order.begin(), order.end(), 0);
     if (r.order == Order::shuffled && !r.per_output) shuffle(order.data(), int(r.groups), 1, key, 0);
   }
@@ -481,7 +502,7 @@ struct Sum {
   INLINE Acc* contiguous_lanes(const T* x, int64_t n, Counter<Acc>& counter) const {
     counter.reset();
     for (int64_t i = 0; i < n; i += kChunk) {
-      contiguous_blocks<2>(x + i, std::min(kChunk, n - i), counter.next());
+      contiguous_blocks(x + i, std::min(kChunk, n - i), counter.next());
       counter.push();
     }
     return counter.finish();
@@ -530,9 +551,9 @@ struct Sum {
       const bool more = g + 1 < r.groups;
       if constexpr (std::is_same_v<T, float>) {   // all lanes fit into the registers
         return with_rows<ROWS>(terms, n, more, [](const auto& row) __attribute__((always_inline)) {
-          Part<T> all;
-          all.template add_rows<ROWS>(row);
-          return Ones::to_vector(all.v);
+          Part<T> sum;
+          sum.template add_rows<ROWS>(row);
+          return Ones::to_vector(sum);
         });
       } else {
         alignas(64) Acc lanes[kLanes];
@@ -553,24 +574,61 @@ struct Sum {
     for (; g < last; ++g) *sums++ = Ones::to_one(next(g));
   }
 
+  // The same of any groups up to kChunk, if ROWS is 0.
+  template <int ROWS, bool FULL>
+  INLINE void some_groups(const T* x, int64_t first, int64_t last, Acc* sums) const {
+    if constexpr (ROWS > 0) return short_groups<ROWS, FULL>(x, first, last, sums);
+    for (int64_t g = first; g < last; ++g) {
+      alignas(64) Acc lanes[kLanes];
+      contiguous_blocks(x + groups[g].begin, groups[g].size, lanes);
+      *sums++ = add_lanes(lanes);
+    }
+  }
+
+  // Calls use(ROWS, FULL) as the groups' lengths want it.
+  template <class Use>
+  INLINE void by_length(const Use& use) const {
+    const auto call = [&](auto rows) __attribute__((always_inline)) {
+      constexpr bool kFull = std::is_same_v<T, Acc>;   // others are converted first, which takes longer
+      if (r.terms == r.groups * rows() * kLanes) use(rows, std::bool_constant<kFull>());
+      else use(rows, std::false_type());
+    };
+    if (groups.longest() <= 1 * kLanes) call(std::integral_constant<int, 1>());
+    else if (groups.longest() <= 2 * kLanes) call(std::integral_constant<int, 2>());
+    else if (groups.longest() <= 4 * kLanes) call(std::integral_constant<int, 4>());
+    else if (groups.longest() <= 8 * kLanes) call(std::integral_constant<int, 8>());
+    else use(std::integral_constant<int, 0>(), std::false_type());
+  }
+
+  // The outputs first ... last - 1 of such groups, if at_once.
+  INLINE void add_at_once_any(int64_t first, int64_t last) const {
+    by_length([&](auto rows, auto full) __attribute__((always_inline)) {
+      alignas(64) Acc sums[kFew];
+      const int64_t groups = r.groups, inner = r.inner, stride = r.outer_stride;   // here no store can change them
+      const int32_t* const by = order.data();
+      const T* const x = this->x;
+      T* const out = this->out;
+      for (int64_t output = first; output < last; ++output) {
+        some_groups<rows(), full()>(inner == 1 ? x + output * stride : terms_of(output), 0, groups, sums);
+        Acc sum = sums[by[0]];
+        for (int64_t g = 1; g < groups; ++g) sum += sums[by[g]];
+        out[output] = T(sum);
+      }
+    });
+  }
+
   // partial[g * kSide + output] for such groups of the outputs of one tile from `done` on.
-  template <int ROWS>
-  INLINE void short_partials(const Place& p, int done, Acc* partial) const {
+  template <int ROWS, bool FULL>
+  INLINE void some_partials(const Place& p, int done, Acc* partial) const {
     constexpr int kMost = 64;   // groups at a time
-    constexpr bool kFull = std::is_same_v<T, Acc>;   // others are converted first, which takes longer
     alignas(64) Acc sums[kWide][kMost];
     const Acc* row[kWide];
     for (int i = 0; i < kWide; ++i) row[i] = sums[i];
-    const bool full = r.terms == r.groups * ROWS * kLanes;
     for (int64_t first = p.first; first < p.last; first += kMost) {
       const int64_t last = std::min(p.last, first + kMost);
       for (int w = done; w < p.width; w += kWide) {
         const int outputs = std::min(kWide, p.width - w);
-        for (int i = 0; i < outputs; ++i) {
-          const T* terms = terms_of(p.output + w + i);
-          full ? short_groups<ROWS, kFull>(terms, first, last, sums[i])
-               : short_groups<ROWS, false>(terms, first, last, sums[i]);
-        }
+        for (int i = 0; i < outputs; ++i) some_groups<ROWS, FULL>(terms_of(p.output + w + i), first, last, sums[i]);
         Acc* const to = partial + first * kSide + w;
         if (outputs == kWide) transpose(row, last - first, to);
         else
@@ -583,11 +641,8 @@ struct Sum {
   // partial[g * pitch + output] for the groups of one tile, where the terms of an output lie side by side.
   INLINE void contiguous_partials_any(const Place& p, Acc* partial, Counter<Acc>& counter) const {
     int done = 0;
-    // Several rows of 256 bytes or more at a time come from memory at a third of its rate. (Half types gain even so.)
-    const int64_t bytes = r.terms * int64_t(sizeof(T));
-    const bool beside = sizeof(T) == 2 || bytes < 256 || bytes * r.outputs() <= kCached;
-    if (r.terms <= kTransposed && groups.longest() < kLanes && p.last - p.first == r.groups && beside) {
-      done = p.width / kWide * kWide;   // few terms: outputs side by side, after all
+    if (beside && p.last - p.first == r.groups) {
+      done = p.width / kWide * kWide;
       alignas(64) Acc terms[kTransposed * kSide], sums[kLanes / kRows * kSide], wide[kWide][kTransposed];
       for (int w = 0; w < done; w += kWide) {
         const Acc* row[kWide];
@@ -605,25 +660,16 @@ struct Sum {
         if (!one) add_lanes(sums, leaves.left, done, partial + g * pitch);
       }
     }
-    if (groups.longest() > 8 && groups.longest() <= kBlock) {
-      if (groups.longest() <= 1 * kLanes) short_partials<1>(p, done, partial);
-      else if (groups.longest() <= 2 * kLanes) short_partials<2>(p, done, partial);
-      else if (groups.longest() <= 4 * kLanes) short_partials<4>(p, done, partial);
-      else short_partials<8>(p, done, partial);
-      return;
-    }
+    if (groups.longest() > 8 && groups.longest() <= kChunk)
+      return by_length([&](auto rows, auto full) __attribute__((always_inline)) {
+        some_partials<rows(), full()>(p, done, partial);
+      });
     for (int w = done; w < p.width; ++w) {
       const T* terms = terms_of(p.output + w);
       if (groups.longest() == 1) tiny_groups<1>(p, terms, partial + w);
       else if (groups.longest() == 2) tiny_groups<2>(p, terms, partial + w);
       else if (groups.longest() <= 4) tiny_groups<4>(p, terms, partial + w);
       else if (groups.longest() <= 8) tiny_groups<8>(p, terms, partial + w);
-      else if (groups.longest() <= kChunk)   // one piece: without a counter's branches
-        for (int64_t g = p.first; g < p.last; ++g) {
-          alignas(64) Acc sum[kLanes];
-          contiguous_blocks<2>(terms + groups[g].begin, groups[g].size, sum);
-          partial[g * pitch + w] = add_lanes(sum);
-        }
       else
         for (int64_t g = p.first; g < p.last; ++g)
           partial[g * pitch + w] =
@@ -695,6 +741,7 @@ struct Sum {
 #endif
   TWICE(Acc*, lanes_of, (const Terms<T>& x, int64_t n, int width, Counter<Acc>& counter), (x, n, width, counter))
   TWICE(void, contiguous_partials, (const Place& p, Acc* partial, Counter<Acc>& counter), (p, partial, counter))
+  TWICE(void, add_at_once, (int64_t first, int64_t last), (first, last))
   TWICE(void, strided_partials, (const Place& p, Acc* partial, Counter<Acc>& counter), (p, partial, counter))
   TWICE(void, combine, (const Place& p, Acc* partial), (p, partial))
 
@@ -712,11 +759,14 @@ struct Sum {
       torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kGrain * tasks / terms),
                                   [&](int64_t first, int64_t last) {
         Counter<Acc> counter(int64_t(lanes) * (across ? tile : 1), blocks);
-        std::vector<Acc> partial(r.groups * pitch);
+        constexpr int64_t kSmall = 16 * kSide;
+        alignas(64) Acc small[kSmall];   // else allocations would be a percent of a small sum
+        std::unique_ptr<Acc[]> large(r.groups * pitch > kSmall ? new Acc[r.groups * pitch] : nullptr);
+        Acc* const partial = large ? large.get() : small;
         for (int64_t task = first; task < last; ++task) {
           const Place p = place(task);
-          partials(p, partial.data(), counter);
-          use(p, partial.data());
+          partials(p, partial, counter);
+          use(p, partial);
         }
       });
       return;
@@ -791,6 +841,9 @@ struct Sum {
   void run() {
     if (r.order == Order::arrival) return arrive();
     if (r.order != Order::atomic) {
+      if (at_once)
+        return torch::stable::parallel_for(0, r.outputs(), std::max<int64_t>(1, kGrain / r.terms),
+                                           [this](int64_t first, int64_t last) { add_at_once(first, last); });
       for_each_tile([this](const Place& p, Acc* partial) { combine(p, partial); });
       return;
     }
