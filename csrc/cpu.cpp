@@ -154,11 +154,13 @@ INLINE void contiguous_rows(const T* x, int64_t n, Acc* lanes, bool more = false
   });
 }
 
-// The same of n <= kChunk terms. A block's sum is at once added to those that wait for it: bit i of the number of blocks
+constexpr int kLevels = std::bit_width(uint64_t(kChunk / kBlock));
+
+// The same of n <= kChunk terms, somewhere in `waiting`. A block's sum is at once added to those that wait for it: bit i of the number of blocks
 // so far says whether a sum of 2^i blocks waits. (What is kept is little, and kept in one place: stores hold up loads.)
 template <class T, class Acc>
-INLINE void contiguous_blocks(const T* x, int64_t n, Acc* lanes) {
-  alignas(64) Acc waiting[std::bit_width(uint64_t(kChunk / kBlock))][kLanes];
+INLINE Acc* contiguous_blocks(const T* x, int64_t n, Acc (&waiting)[kLevels + 1][kLanes]) {
+  Acc* lanes = waiting[kLevels];
   int blocks = 0, level;
   for (; n >= kBlock; n -= kBlock, x += kBlock, ++blocks) {
     if constexpr (!std::is_same_v<T, Acc>) contiguous_rows<kRows>(x, kBlock, lanes);
@@ -175,10 +177,11 @@ INLINE void contiguous_blocks(const T* x, int64_t n, Acc* lanes) {
   else if (n > 2 * kLanes) contiguous_rows<4>(x, n, lanes);
   else if (n > 1 * kLanes) contiguous_rows<2>(x, n, lanes);
   else if (n > 0) contiguous_rows<1>(x, n, lanes);
-  else level = std::countr_zero(unsigned(blocks)), std::copy_n(waiting[level++], kLanes, lanes);
+  else level = std::countr_zero(unsigned(blocks)), lanes = waiting[level++];
   for (; blocks >> level; ++level)
     if (blocks >> level & 1)
       for (int l = 0; l < kLanes; ++l) lanes[l] = waiting[level][l] + lanes[l];
+  return lanes;
 }
 
 // The sum of 32 lanes, by halving, in registers: until one vector is left, then in that, or in the kWide vectors of as
@@ -502,7 +505,8 @@ struct Sum {
   INLINE Acc* contiguous_lanes(const T* x, int64_t n, Counter<Acc>& counter) const {
     counter.reset();
     for (int64_t i = 0; i < n; i += kChunk) {
-      contiguous_blocks(x + i, std::min(kChunk, n - i), counter.next());
+      alignas(64) Acc waiting[kLevels + 1][kLanes];
+      std::copy_n(contiguous_blocks(x + i, std::min(kChunk, n - i), waiting), kLanes, counter.next());
       counter.push();
     }
     return counter.finish();
@@ -538,9 +542,10 @@ struct Sum {
     }
   }
 
-  // sums[g - first] of one output's groups of at most ROWS * kLanes contiguous terms, all of just so many if FULL.
+  // sums[g - first] of one output's groups of at most ROWS * kLanes contiguous terms, all of just so many if FULL; of any
+  // up to kChunk if ROWS is 0.
   template <int ROWS, bool FULL>
-  INLINE void short_groups(const T* x, int64_t first, int64_t last, Acc* sums) const {
+  INLINE void some_groups(const T* x, int64_t first, int64_t last, Acc* sums) const {
     using Ones = Halving<Acc>;
     const Groups groups = this->groups;   // a copy, which no store can change
     x += groups[first].begin;
@@ -549,7 +554,10 @@ struct Sum {
       const T* terms = x;
       x += n;
       const bool more = g + 1 < r.groups;
-      if constexpr (std::is_same_v<T, float>) {   // all lanes fit into the registers
+      if constexpr (ROWS == 0) {
+        alignas(64) Acc waiting[kLevels + 1][kLanes];
+        return Ones::to_vector(contiguous_blocks(terms, n, waiting));
+      } else if constexpr (std::is_same_v<T, float>) {   // all lanes fit into the registers
         return with_rows<ROWS>(terms, n, more, [](const auto& row) __attribute__((always_inline)) {
           Part<T> sum;
           sum.template add_rows<ROWS>(row);
@@ -562,7 +570,7 @@ struct Sum {
       }
     };
     int64_t g = first;
-    for (; FULL && g + kWide <= last; g += kWide, sums += kWide) {
+    for (; (FULL || ROWS == 0) && g + kWide <= last; g += kWide, sums += kWide) {
       typename Ones::Vector pairs[kWide / 2];
       for (int i = 0; i < kWide / 2; ++i) {
         const typename Ones::Vector left = next(g + 2 * i);
@@ -572,17 +580,6 @@ struct Sum {
     }
 #pragma GCC unroll 1
     for (; g < last; ++g) *sums++ = Ones::to_one(next(g));
-  }
-
-  // The same of any groups up to kChunk, if ROWS is 0.
-  template <int ROWS, bool FULL>
-  INLINE void some_groups(const T* x, int64_t first, int64_t last, Acc* sums) const {
-    if constexpr (ROWS > 0) return short_groups<ROWS, FULL>(x, first, last, sums);
-    for (int64_t g = first; g < last; ++g) {
-      alignas(64) Acc lanes[kLanes];
-      contiguous_blocks(x + groups[g].begin, groups[g].size, lanes);
-      *sums++ = add_lanes(lanes);
-    }
   }
 
   // Calls use(ROWS, FULL) as the groups' lengths want it.
