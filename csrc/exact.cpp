@@ -26,6 +26,7 @@ constexpr int kVectors = 2;               // of four doubles
 constexpr int64_t kBytes = 2048;          // of neighbouring outputs that are read side by side
 constexpr int kRowsOfBlock = 128;         // whose sum a double holds with little error
 constexpr int64_t kBrief = kWidth * kRowsOfBlock;   // terms of an output that are added up at once
+constexpr int kRowsAtOnce = 32;           // of doubles of one output that lie side by side
 constexpr int kStreams = 8;               // rows that are read together
 constexpr int kSide = 32;                 // sums that are rounded side by side
 constexpr int64_t kGrain = 1 << 15;       // terms below which a second thread does not pay
@@ -114,11 +115,13 @@ struct Lanes {
   Doubles sum[kMost / 4], errors[kFloat ? 1 : kMost / 4];   // of the block; floats' sums have hardly any error
   Doubles hi[kMost / 4], lo[kMost / 4];
   Words most[kMost / kEach];
+  int64_t exponent;   // of the largest term that add_at_once has seen, in its place in a double
 
   INLINE void clear(int vectors) {
     for (int i = 0; i < vectors * kFours; ++i) sum[i] = hi[i] = -Doubles{}, lo[i] = Doubles{};
     for (int v = 0; v < vectors; ++v) most[v] = Words{};
     for (int v = 0; v < vectors && !kFloat; ++v) errors[v] = Doubles{};
+    exponent = 0;
   }
 
   template <int ROWS, class T>
@@ -132,6 +135,36 @@ struct Lanes {
         else s[1] += add_to(s[0], load(x)), m = larger(m, size_of(x));
       }
       sum[v * kFours] = s[0], (kFloat ? sum[v * kFours + 1] : errors[v]) = s[1], most[v] = m;
+    }
+  }
+
+  // The same of kRowsAtOnce rows of four vectors of doubles, x, with half the additions: Dekker's two-sum, which wants
+  // sums that are larger than the terms, so they start at sigma. Or false: the terms are too small or too large.
+  INLINE bool add_at_once(const double* x) {
+    constexpr int kVectors = 4;
+    constexpr int64_t kExponent = int64_t{0x7FF} << 52, kUp = int64_t{7} << 52;   // sigma >= 2 kRowsAtOnce |term|
+    for (;;) {
+      const Doubles sigma = double_of(exponent + kUp) - Doubles{};
+      Doubles s[kVectors] = {sigma, sigma, sigma, sigma}, e[kVectors] = {};
+      Words large = {};
+      for (int row = 0; row < kRowsAtOnce; ++row)
+        for (int v = 0; v < kVectors; ++v) {
+          const double* const at = x + (row * kVectors + v) * 4;
+          const Doubles term = load(at), before = s[v];
+          s[v] += term;
+          e[v] += term - (s[v] - before);
+          large = larger(large, size_of(at));
+        }
+      const Bits all = Bits(large) & kExponent;
+      const int64_t largest = std::max(std::max(all[0], all[1]), std::max(all[2], all[3]));
+      if (largest >= kExponent - 2 * kUp) return false;
+      if (largest <= exponent) {
+        if (exponent == 0) return false;   // what may be negative zeros
+        for (int v = 0; v < kVectors; ++v) errors[v] += add_to(sum[v], s[v] - sigma) + e[v];
+        most[0] = larger(most[0], large);
+        return true;
+      }
+      exponent = largest;   // sigma was too small: once more
     }
   }
 
@@ -159,21 +192,22 @@ struct Lanes {
 
 // Rounds sums of n terms, and says whether the exact sums round to the same for certain.
 //
-// A double rounds by at most u = 2^-53 of the result. Of a block's rows and the lanes no term takes part in more than
-// `depth` additions, which are off by u depth n most in all; for doubles those errors are added up, with errors of
-// their own of u^2 depth^2 n most. Adding a lane's blocks, then the lanes and the pieces (of kSplit terms at least), at
-// most `blocks` additions one after the other, is off by u^2 blocks^2 n most (Ogita, Rump, Oishi, "Accurate Sum and Dot
-// Product", SIAM J. Sci. Comput. 26 (2005), Section 4). The bound is twice all that, which covers the roundings down
-// here.
+// A double rounds by at most u = 2^-53 of the result. A block's k-th row is added to a sum of at most k most, so that all
+// of its rows' additions are off by u depth n most; for doubles those errors are added up, with errors of their own of
+// u^2 depth^2 n most, or u^2 2^13 n most in add_at_once (32 sums of up to 192 most, and four of those). Adding a lane's
+// blocks, then the lanes and the pieces (see Cut), at most `blocks` additions one after the other, is off by
+// u^2 blocks^2 n most (Ogita, Rump, Oishi, "Accurate Sum and Dot Product", SIAM J. Sci. Comput. 26 (2005), Section 4).
+// The bound is twice all that, which covers the roundings down here.
 template <class T>
 struct Rounding {
   using A = typename AccType<T>::type;
   double share;   // of the largest term, that the sum may be off by
 
   INLINE Rounding(int64_t n, int64_t lanes) {   // that share the terms of an output
-    const double depth = kRowsOfBlock + 32;
-    const double blocks = double(n) / double(kRowsOfBlock * lanes) + double(n) / kSplit + 128;
-    share = double(n) * (depth * (std::is_same_v<A, float> ? 0x1p-52 : depth * 0x1p-105) + blocks * blocks * 0x1p-105);
+    const double depth = kRowsOfBlock / 2 + 1;
+    const double pieces = 4.0 * double(torch::stable::get_num_threads());
+    const double blocks = double(n) / double(kRowsOfBlock * lanes) + pieces + 128;
+    share = double(n) * ((std::is_same_v<A, float> ? depth * 0x1p-52 : 0x1p13 * 0x1p-105) + blocks * blocks * 0x1p-105);
   }
 
   struct Interval {
@@ -336,6 +370,13 @@ struct ExactSum {
     sums.clear(vectors);
     for (int64_t row = 0; row < rows;) {
       const int64_t left = std::min(kRowsOfBlock - row % kRowsOfBlock, rows - row);
+      if constexpr (std::is_same_v<T, double>)
+        if (straight && !across && left >= kRowsAtOnce && begin + (row + kRowsAtOnce) * per_row <= end &&
+            sums.add_at_once(first + begin + row * per_row)) {
+          row += kRowsAtOnce;
+          if (row % kRowsOfBlock == 0 || row == rows) sums.end_block(vectors);
+          continue;
+        }
       const int some = left >= kStreams ? kStreams : 1;
       const int64_t t = begin + row * per_row;
       const auto add = [&](const auto& at) __attribute__((always_inline)) {

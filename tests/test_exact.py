@@ -165,6 +165,18 @@ def test_few_outputs_over_several_threads(device):
     assert ordered_reduce.sum(x.to(device), order="exact").item() == math.fsum(x.flatten().tolist())
 
 
+def test_long_sums_that_cancel(device):
+    """What is left is as small as the error of the first approximation, which has to be noticed."""
+    generator = torch.Generator().manual_seed(4)
+    for case in range(400):
+        n, spread, left = [512, 700, 2048, 5000][case % 4], [0, 20, 40][case % 3], -60 + case % 40
+        x = torch.randn(n, generator=generator, dtype=torch.float64)
+        x = torch.ldexp(x, spread * torch.arange(n) // n)                # the largest terms last
+        x = torch.cat([x, -x * (1 + torch.ldexp(torch.randn(n, generator=generator, dtype=torch.float64), torch.tensor(left)))])
+        x = x[torch.randperm(2 * n, generator=generator)] if case % 2 else x
+        assert ordered_reduce.sum(x.to(device), order="exact").item() == math.fsum(x.tolist())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=1_000_000)
