@@ -156,8 +156,9 @@ INLINE void contiguous_rows(const T* x, int64_t n, Acc* lanes, bool more = false
 
 constexpr int kLevels = std::bit_width(uint64_t(kChunk / kBlock));
 
-// The same of n <= kChunk terms, somewhere in `waiting`. A block's sum is at once added to those that wait for it: bit i of the number of blocks
-// so far says whether a sum of 2^i blocks waits. (What is kept is little, and kept in one place: stores hold up loads.)
+// The same of n <= kChunk terms, somewhere in `waiting`. A block's sum is at once added to those that wait for it: bit i
+// of the number of blocks so far says whether a sum of 2^i blocks waits. (What is kept is little, and kept in one place:
+// stores hold up loads.)
 template <class T, class Acc>
 INLINE Acc* contiguous_blocks(const T* x, int64_t n, Acc (&waiting)[kLevels + 1][kLanes]) {
   Acc* lanes = waiting[kLevels];

@@ -40,7 +40,7 @@ typedef double FourDoubles __attribute__((vector_size(32), aligned(8), may_alias
 typedef float FourFloats __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t EightWords __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t FourWords __attribute__((vector_size(16)));
-typedef uint16_t EightHalves __attribute__((vector_size(16), aligned(2), may_alias));
+typedef int16_t EightHalves __attribute__((vector_size(16), aligned(2), may_alias));
 
 INLINE Doubles load(const double* x) { return *reinterpret_cast<const FourDoubles*>(x); }
 INLINE Doubles to_doubles(FourFloats x) { return Doubles{x[0], x[1], x[2], x[3]}; }   // one instruction of GCC 12's
@@ -52,20 +52,27 @@ INLINE Words size_of(const A* x) {
   return *reinterpret_cast<const EightWords*>(x) & 0x7FFFFFFF;
 }
 
-INLINE Words larger(Words a, Words b) { return a > b ? a : b; }
+template <class V>
+INLINE V larger(V a, V b) {
+  return a > b ? a : b;
+}
 
 // Eight terms to two vectors of sums, and their sizes to the largest.
 INLINE void add_eight(const float* x, Doubles& lower, Doubles& upper, Words& most) {
   lower += load(x), upper += load(x + 4);
   most = larger(most, size_of(x));
 }
-INLINE void add_eight(const BFloat16* x, Doubles& lower, Doubles& upper, Words& most) {   // upper halves of floats
+INLINE void add_eight(const BFloat16* x, Doubles& lower, Doubles& upper, EightHalves& most) {   // upper halves of floats
   const EightHalves zero = {}, half = *reinterpret_cast<const EightHalves*>(x);
-  const FourWords a = FourWords(__builtin_shufflevector(zero, half, 0, 8, 1, 9, 2, 10, 3, 11));
-  const FourWords b = FourWords(__builtin_shufflevector(zero, half, 4, 12, 5, 13, 6, 14, 7, 15));
-  lower += to_doubles(FourFloats(a)), upper += to_doubles(FourFloats(b));
-  most = larger(most, __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7) & 0x7FFFFFFF);
+  lower += to_doubles(FourFloats(__builtin_shufflevector(zero, half, 0, 8, 1, 9, 2, 10, 3, 11)));
+  upper += to_doubles(FourFloats(__builtin_shufflevector(zero, half, 4, 12, 5, 13, 6, 14, 7, 15)));
+  most = larger(most, half & 0x7FFF);
 }
+
+template <class T>
+using Sizes = std::conditional_t<std::is_same_v<T, BFloat16>, EightHalves, Words>;   // of eight terms
+INLINE Words to_words(Words sizes) { return sizes; }
+INLINE Words to_words(EightHalves sizes) { return __builtin_convertvector(sizes, Words) << 16; }
 
 // ------------------------------------------------------------------------------------ sums with a bound on their error
 
@@ -128,13 +135,14 @@ struct Lanes {
   INLINE void add(const T* const* row, int vectors) {
     for (int v = 0; v < vectors; ++v) {
       Doubles s[2] = {sum[v * kFours], kFloat ? sum[v * kFours + 1] : errors[v]};
-      Words m = most[v];
+      Sizes<T> m = {};
       for (int k = 0; k < ROWS; ++k) {
         const T* x = row[k] + v * kEach;
         if constexpr (kFloat) add_eight(x, s[0], s[1], m);
         else s[1] += add_to(s[0], load(x)), m = larger(m, size_of(x));
       }
-      sum[v * kFours] = s[0], (kFloat ? sum[v * kFours + 1] : errors[v]) = s[1], most[v] = m;
+      sum[v * kFours] = s[0], (kFloat ? sum[v * kFours + 1] : errors[v]) = s[1];
+      most[v] = larger(most[v], to_words(m));
     }
   }
 
@@ -411,13 +419,14 @@ struct ExactSum {
       const T* first = terms_of(output + w);
       Doubles sum[kVectors], errors[kVectors] = {};   // hardly any of floats
       Words most = {};
+      EightHalves halves = {};
       A buffer[kWidth];
       for (Doubles& s : sum) s = -Doubles{};
       for (int64_t t = 0; t < r.terms; t += kWidth) {
         const int n = int(std::min<int64_t>(kWidth, r.terms - t));
         if constexpr (std::is_same_v<T, BFloat16>)
           if (n == kWidth && r.term_stride == 1) {
-            add_eight(term(first, t), sum[0], sum[1], most);
+            add_eight(term(first, t), sum[0], sum[1], halves);
             continue;
           }
         const A* x = lay_out(term(first, t), n, buffer);
@@ -428,6 +437,7 @@ struct ExactSum {
           for (int l = 0; l < kWidth; l += kEach) most = larger(most, size_of(x + l));
         }
       }
+      if (std::is_same_v<T, BFloat16>) most = larger(most, to_words(halves));
       Running all = sum_of_lanes(sum, errors, kVectors);
       for (int l = kWords - 1; l < 8; l += kWords) all.most = std::max(all.most, most[l]);
       sums.set(w, all);
@@ -452,24 +462,28 @@ struct ExactSum {
     settled(sums, rounded, certain);
     std::copy(rounded, rounded + outputs, out + output);
     for (int i = 0; i < outputs; ++i) all &= certain[i];
+    const T* const first = terms_of(output);
     for (int w = 0, step = across ? kWidth : 1; w < outputs && !all; w += step) {
       Strip strip{output + w, 0};
       for (int l = w; l < std::min(outputs, w + step); ++l)
-        if (!certain[l] && !settled.zero(sums, l, out[output + l]) && !tie(output + l)) strip.open |= 1 << (l - w);
+        if (!certain[l] && !settled.zero(sums, l, out[output + l]) &&
+            !tie(across ? first + l : terms_of(output + l), out[output + l]))
+          strip.open |= 1 << (l - w);
       if (!strip.open) continue;
       const std::lock_guard<std::mutex> lock(mutex);
       open.push_back(strip);
     }
   }
 
-  // What is open of few terms is mostly a tie, the middle of two numbers of type T, and a double holds it.
-  INLINE bool tie(int64_t output) const {
+  // What is open of few terms is mostly a tie, the middle of two numbers of type T. A double holds it, or two of doubles.
+  INLINE bool tie(const T* first, T& result) const {
     if (r.terms > kBrief) return false;
-    const T* first = terms_of(output);
-    double sum = -0.0;
-    for (int64_t t = 0; t < r.terms; ++t)
-      if (add_to(sum, double(A(*term(first, t)))) != 0) return false;   // an infinite sum's error is NaN
-    out[output] = narrow<T>(sum);
+    double sum = -0.0, rest = 0;
+    for (int64_t t = 0; t < r.terms; ++t) {
+      const double error = add_to(sum, double(A(*term(first, t))));   // of an infinite sum NaN
+      if (std::is_same_v<T, double> ? add_to(rest, error) != 0 : error != 0) return false;
+    }
+    result = narrow<T>(sum + rest);
     return true;
   }
 
