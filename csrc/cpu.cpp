@@ -156,9 +156,9 @@ INLINE void contiguous_rows(const T* x, int64_t n, Acc* lanes, bool more = false
 
 constexpr int kLevels = std::bit_width(uint64_t(kChunk / kBlock));
 
-// The same of n <= kChunk terms, somewhere in `waiting`. A block's sum is at once added to those that wait for it: bit i
-// of the number of blocks so far says whether a sum of 2^i blocks waits. (What is kept is little, and kept in one place:
-// stores hold up loads.)
+// The same of n <= kChunk terms, somewhere in `waiting`. A block's sum is at once added to those that wait for it: bit
+// i of the number of blocks so far says whether a sum of 2^i blocks waits. (What is kept is little, and kept in one
+// place: stores hold up loads.)
 template <class T, class Acc>
 INLINE Acc* contiguous_blocks(const T* x, int64_t n, Acc (&waiting)[kLevels + 1][kLanes]) {
   Acc* lanes = waiting[kLevels];
@@ -543,8 +543,8 @@ struct Sum {
     }
   }
 
-  // sums[g - first] of one output's groups of at most ROWS * kLanes contiguous terms, all of just so many if FULL; of any
-  // up to kChunk if ROWS is 0.
+  // sums[g - first] of one output's groups of at most ROWS * kLanes contiguous terms, all of just so many if FULL; of
+  // any up to kChunk if ROWS is 0.
   template <int ROWS, bool FULL>
   INLINE void some_groups(const T* x, int64_t first, int64_t last, Acc* sums) const {
     using Ones = Halving<Acc>;
@@ -757,14 +757,11 @@ struct Sum {
       torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kGrain * tasks / terms),
                                   [&](int64_t first, int64_t last) {
         Counter<Acc> counter(int64_t(lanes) * (across ? tile : 1), blocks);
-        constexpr int64_t kSmall = 16 * kSide;
-        alignas(64) Acc small[kSmall];   // else allocations would be a percent of a small sum
-        std::unique_ptr<Acc[]> large(r.groups * pitch > kSmall ? new Acc[r.groups * pitch] : nullptr);
-        Acc* const partial = large ? large.get() : small;
+        std::vector<Acc> partial(r.groups * pitch);
         for (int64_t task = first; task < last; ++task) {
           const Place p = place(task);
-          partials(p, partial, counter);
-          use(p, partial);
+          partials(p, partial.data(), counter);
+          use(p, partial.data());
         }
       });
       return;

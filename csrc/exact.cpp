@@ -39,7 +39,6 @@ typedef int32_t Words __attribute__((vector_size(32)));
 typedef double FourDoubles __attribute__((vector_size(32), aligned(8), may_alias));
 typedef float FourFloats __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t EightWords __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t FourWords __attribute__((vector_size(16)));
 typedef int16_t EightHalves __attribute__((vector_size(16), aligned(2), may_alias));
 
 INLINE Doubles load(const double* x) { return *reinterpret_cast<const FourDoubles*>(x); }
@@ -62,8 +61,8 @@ INLINE void add_eight(const float* x, Doubles& lower, Doubles& upper, Words& mos
   lower += load(x), upper += load(x + 4);
   most = larger(most, size_of(x));
 }
-INLINE void add_eight(const BFloat16* x, Doubles& lower, Doubles& upper, EightHalves& most) {   // upper halves of floats
-  const EightHalves zero = {}, half = *reinterpret_cast<const EightHalves*>(x);
+INLINE void add_eight(const BFloat16* x, Doubles& lower, Doubles& upper, EightHalves& most) {
+  const EightHalves zero = {}, half = *reinterpret_cast<const EightHalves*>(x);   // upper halves of floats
   lower += to_doubles(FourFloats(__builtin_shufflevector(zero, half, 0, 8, 1, 9, 2, 10, 3, 11)));
   upper += to_doubles(FourFloats(__builtin_shufflevector(zero, half, 4, 12, 5, 13, 6, 14, 7, 15)));
   most = larger(most, half & 0x7FFF);
@@ -149,15 +148,15 @@ struct Lanes {
   // The same of kRowsAtOnce rows of four vectors of doubles, x, with half the additions: Dekker's two-sum, which wants
   // sums that are larger than the terms, so they start at sigma. Or false: the terms are too small or too large.
   INLINE bool add_at_once(const double* x) {
-    constexpr int kVectors = 4;
+    constexpr int kFour = 4;   // vectors of a row
     constexpr int64_t kExponent = int64_t{0x7FF} << 52, kUp = int64_t{7} << 52;   // sigma >= 2 kRowsAtOnce |term|
     for (;;) {
       const Doubles sigma = double_of(exponent + kUp) - Doubles{};
-      Doubles s[kVectors] = {sigma, sigma, sigma, sigma}, e[kVectors] = {};
+      Doubles s[kFour] = {sigma, sigma, sigma, sigma}, e[kFour] = {};
       Words large = {};
       for (int row = 0; row < kRowsAtOnce; ++row)
-        for (int v = 0; v < kVectors; ++v) {
-          const double* const at = x + (row * kVectors + v) * 4;
+        for (int v = 0; v < kFour; ++v) {
+          const double* const at = x + (row * kFour + v) * 4;
           const Doubles term = load(at), before = s[v];
           s[v] += term;
           e[v] += term - (s[v] - before);
@@ -168,7 +167,7 @@ struct Lanes {
       if (largest >= kExponent - 2 * kUp) return false;
       if (largest <= exponent) {
         if (exponent == 0) return false;   // what may be negative zeros
-        for (int v = 0; v < kVectors; ++v) errors[v] += add_to(sum[v], s[v] - sigma) + e[v];
+        for (int v = 0; v < kFour; ++v) errors[v] += add_to(sum[v], s[v] - sigma) + e[v];
         most[0] = larger(most[0], large);
         return true;
       }
@@ -200,10 +199,10 @@ struct Lanes {
 
 // Rounds sums of n terms, and says whether the exact sums round to the same for certain.
 //
-// A double rounds by at most u = 2^-53 of the result. A block's k-th row is added to a sum of at most k most, so that all
-// of its rows' additions are off by u depth n most; for doubles those errors are added up, with errors of their own of
-// u^2 depth^2 n most, or u^2 2^13 n most in add_at_once (32 sums of up to 192 most, and four of those). Adding a lane's
-// blocks, then the lanes and the pieces (see Cut), at most `blocks` additions one after the other, is off by
+// A double rounds by at most u = 2^-53 of the result. A block's k-th row is added to a sum of at most k most, so that
+// all of its rows' additions are off by u depth n most; for doubles those errors are added up, with errors of their own
+// of u^2 2^13 n most (depth^2 would do, but for add_at_once: 32 sums of up to 192 most, and four of those). Adding a
+// lane's blocks, then the lanes and the pieces (see Cut), at most `blocks` additions one after the other, is off by
 // u^2 blocks^2 n most (Ogita, Rump, Oishi, "Accurate Sum and Dot Product", SIAM J. Sci. Comput. 26 (2005), Section 4).
 // The bound is twice all that, which covers the roundings down here.
 template <class T>
@@ -215,7 +214,8 @@ struct Rounding {
     const double depth = kRowsOfBlock / 2 + 1;
     const double pieces = 4.0 * double(torch::stable::get_num_threads());
     const double blocks = double(n) / double(kRowsOfBlock * lanes) + pieces + 128;
-    share = double(n) * ((std::is_same_v<A, float> ? depth * 0x1p-52 : 0x1p13 * 0x1p-105) + blocks * blocks * 0x1p-105);
+    const double of_blocks = std::is_same_v<A, float> ? depth * 0x1p-52 : 0x1p13 * 0x1p-105;
+    share = double(n) * (of_blocks + blocks * blocks * 0x1p-105);
   }
 
   struct Interval {
@@ -475,7 +475,7 @@ struct ExactSum {
     }
   }
 
-  // What is open of few terms is mostly a tie, the middle of two numbers of type T. A double holds it, or two of doubles.
+  // What is open of few terms is mostly a tie, the middle of two numbers of type T. A double holds it, of doubles two.
   INLINE bool tie(const T* first, T& result) const {
     if (r.terms > kBrief) return false;
     double sum = -0.0, rest = 0;
