@@ -877,25 +877,29 @@ struct IndexAdd {
   const T *input, *source;
   T* out;
   const ScalarType type;
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2");
+#endif
 
   // The reduction of terms first ... first + n - 1 in the order of `position`, in `groups` groups, for row v.
   Reduction segment(int64_t v, int64_t first, int64_t n, int64_t groups) const {
     Reduction part = r;
     part.outer = 1, part.terms = n, part.groups = std::min(groups, n);
     part.outer_stride = 0, part.term_stride = r.inner, part.inner_stride = 1;
-    part.rows = r.inner > 1 ? s.position + first : nullptr;   // else source is in that order already
+    part.rows = s.position ? s.position + first : nullptr;
     part.first = uint64_t(v * r.inner);
     return part;
   }
-  const T* terms(int64_t first) const { return r.inner > 1 ? source : source + first; }
-  const T* row(int64_t k) const { return r.inner > 1 ? source + s.position[k] * r.inner : source + k; }
+  const T* terms(int64_t first) const { return s.position ? source : source + first * r.inner; }
+  INLINE const T* row(int64_t k) const { return source + (s.position ? s.position[k] : k) * r.inner; }
 
-  // The source is read in no order that a processor could foresee.
-  void prefetch(int64_t first, int64_t n) const {
-    constexpr int64_t kAhead = 8, kMost = 1024;   // terms, bytes of one
+  // The source is read in no order that a processor could foresee. (INLINE, or GCC takes a function that only prefetches
+  // for one without effect and leaves its calls out.)
+  INLINE void prefetch(int64_t first, int64_t n) const {
+    constexpr int64_t kAhead = 32, kMost = 1024;   // terms, bytes of one
     for (int64_t k = first + kAhead; k < std::min(first + n + kAhead, r.terms); ++k)
       for (int64_t b = 0; b < std::min<int64_t>(kMost, r.inner * sizeof(T)); b += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(row(k)) + b);
+        __builtin_prefetch(reinterpret_cast<const char*>(row(k)) + b, 0, 2);
   }
 
   void add_input(int64_t v) const {
@@ -904,54 +908,84 @@ struct IndexAdd {
     for (int64_t i = 0; i < r.inner; ++i) to[i] = T(Acc(in[i]) + Acc(to[i]));
   }
 
-  void add_row(int64_t v) const {
-    const int64_t first = s.start[v], n = s.start[v + 1] - first;
+  bool few(int64_t n) const { return n <= 2 * r.groups && (n <= 1 || r.order == Order::fixed); }
+
+  // Row v, input + the sum of n terms in groups of two, then of one.
+  INLINE void add_few(int64_t v, int64_t first, int64_t n) const {
+    const int64_t last = first + n, ones = first + 2 * std::max<int64_t>(0, n - r.groups);
+    const T* const in = input + v * r.inner;
+    T* const to = out + v * r.inner;
+    prefetch(first, n);
+    Acc sum[kWidest];
+    for (int64_t at = 0; at < r.inner; at += kWidest) {
+      const int width = int(std::min<int64_t>(kWidest, r.inner - at));
+      int64_t k = first;
+      std::fill_n(sum, width, kNothing<Acc>);
+      for (; k < ones; k += 2) {
+        const T *a = row(k) + at, *b = row(k + 1) + at;
+        for (int i = 0; i < width; ++i) sum[i] += tree(Acc(a[i]), Acc(b[i]));
+      }
+      for (; k < last; ++k) {
+        const T* a = row(k) + at;
+        for (int i = 0; i < width; ++i) sum[i] += Acc(a[i]);
+      }
+      for (int i = 0; i < width; ++i) to[at + i] = T(Acc(in[at + i]) + Acc(T(sum[i])));
+    }
+  }
+
+  // The same of rows of one number, whose terms lie side by side.
+  INLINE void add_few_numbers(int64_t v, int64_t first, int64_t n) const {
+    const T* x = source + first;
+    Acc sum = kNothing<Acc>;
+    for (int64_t twos = n - r.groups; twos > 0; --twos, x += 2) sum += tree(Acc(x[0]), Acc(x[1]));
+    while (x < source + first + n) sum += Acc(*x++);
+    out[v] = n == 0 ? input[v] : T(Acc(input[v]) + Acc(T(sum)));
+  }
+
+  // A row without terms: a call takes longer than a short one.
+  INLINE void copy(int64_t v) const {
+    typedef char Bytes __attribute__((vector_size(32), aligned(1), may_alias));
+    constexpr int64_t kWide = 32 / sizeof(T);
+    const T* const in = input + v * r.inner;
+    T* const to = out + v * r.inner;
+    int64_t i = 0;
+    for (; i + kWide <= r.inner; i += kWide)
+      *reinterpret_cast<Bytes*>(to + i) = *reinterpret_cast<const Bytes*>(in + i);
+    for (; i < r.inner; ++i) to[i] = in[i];
+  }
+
+  // Rows from ... to - 1 but for those of very many terms.
+  INLINE void add_rows_any(int64_t from, int64_t to) const {
+    for (int64_t v = from; v < to; ++v) {
+      const int64_t first = s.start[v], n = s.start[v + 1] - first;
+      if (!few(n)) {
+        if (!hot(n)) add_row(v, first, n);
+      } else if (r.inner == 1 && !s.position) {
+        add_few_numbers(v, first, n);
+      } else {
+        n > 0 ? add_few(v, first, n) : copy(v);
+      }
+    }
+  }
+  TWICE(void, add_rows, (int64_t from, int64_t to), (from, to))
+
+  bool hot(int64_t n) const { return n * r.inner >= 8 * kGrain; }
+
+  void add_row(int64_t v, int64_t first, int64_t n) const {
     T* to = out + v * r.inner;
-    if (r.inner == 1 && r.order == Order::fixed && n <= 2 * r.groups) {   // groups of two, then of one
-      const T *x = source + first, *const end = x + n;
-      Acc sum = kNothing<Acc>;
-      for (int64_t twos = n - r.groups; twos > 0; --twos, x += 2) sum += tree(Acc(x[0]), Acc(x[1]));
-      while (x < end) sum += Acc(*x++);
-      *to = T(Acc(input[v]) + Acc(T(sum)));
-      return;
-    }
-    if (n == 1) {
-      prefetch(first, n);
-      const T *in = input + v * r.inner, *x = row(first);
-      for (int64_t i = 0; i < r.inner; ++i) to[i] = T(Acc(in[i]) + Acc(x[i]));
-      return;
-    }
     const Groups groups(n, std::min(n, r.groups));
     if (r.order == Order::fixed && groups.longest() <= kRows) {   // small: what Sum does, at less expense
       prefetch(first, n);
       const Leaves leaves(next_power_of_two(groups.longest()));
-      const Terms<T> all{terms(first), r.inner, r.inner > 1 ? s.position + first : nullptr};
-      const T* const nothing = row_of_nothing<T>();
+      const Terms<T> all{terms(first), r.inner, s.position ? s.position + first : nullptr};
       Acc sum[kWidest], partial[kWidest];
       for (int64_t at = 0; at < r.inner; at += kWidest) {
         const int width = int(std::min<int64_t>(kWidest, r.inner - at));
         std::fill_n(sum, width, kNothing<Acc>);
-        // Four terms at a time, each from another place: the processor waits for all of them at once.
-        const int64_t count = std::min(n, r.groups);
-        const auto term = [&](int64_t g, int64_t i) {
-          return g < count && i < groups[g].size ? all[groups[g].begin + i] + at : nothing;
-        };
-        for (int64_t g = 0; g < count;) {
-          if (groups[g].size > 2) {
-            const Terms<T> group = all.from(groups[g].begin);
-            strided_block(Terms<T>{group.x + at, group.stride, group.rows}, groups[g++].size, width, leaves, partial);
-            for (int i = 0; i < width; ++i) sum[i] += partial[i];
-          } else if (groups[g].size == 2) {
-            const T *a = term(g, 0), *b = term(g, 1), *c = term(g + 1, 0), *d = term(g + 1, 1);
-            g += 2;
-#pragma GCC ivdep
-            for (int i = 0; i < width; ++i) sum[i] = (sum[i] + tree(Acc(a[i]), Acc(b[i]))) + tree(Acc(c[i]), Acc(d[i]));
-          } else {
-            const T *a = term(g, 0), *b = term(g + 1, 0), *c = term(g + 2, 0), *d = term(g + 3, 0);
-            g += 4;
-#pragma GCC ivdep
-            for (int i = 0; i < width; ++i) sum[i] = (((sum[i] + Acc(a[i])) + Acc(b[i])) + Acc(c[i])) + Acc(d[i]);
-          }
+        for (int64_t g = 0; g < r.groups; ++g) {
+          const Terms<T> group = all.from(groups[g].begin);
+          strided_block(Terms<T>{group.x + at, group.stride, group.rows}, groups[g].size, width, leaves, partial);
+          for (int i = 0; i < width; ++i) sum[i] += partial[i];
         }
         for (int i = 0; i < width; ++i) to[at + i] = T(sum[i]);
       }
@@ -1002,37 +1036,21 @@ struct IndexAdd {
   }
 
   void run() {
-    std::unique_ptr<T[]> sorted;
-    if (r.inner == 1) {   // terms that lie side by side are added faster
-      sorted.reset(new T[r.terms]);
-      torch::stable::parallel_for(0, r.terms, kGrain, [&](int64_t first, int64_t last) {
-        for (int64_t k = first; k < last; ++k) sorted[k] = source[s.position[k]];
-      });
-      source = sorted.get();
-    }
     if (r.order == Order::atomic) return race();
     // Rows with very many terms one after the other, each by all threads; the others shared out evenly among them.
-    const auto hot = [&](int64_t v) { return (s.start[v + 1] - s.start[v]) * r.inner >= 8 * kGrain; };
-    const auto work = [&](int64_t v) { return s.start[v] + v; };   // up to row v
     for (int64_t v = 0; v < r.outer; ++v)
-      if (hot(v)) add_row(v);
-    torch::stable::parallel_for(0, work(r.outer), std::max<int64_t>(1, kGrain / r.inner),
-                                [&](int64_t first, int64_t last) {
+      if (const int64_t first = s.start[v], n = s.start[v + 1] - first; hot(n) && !few(n)) add_row(v, first, n);
+    const auto before = [this](int64_t work) {   // the first row before which there is so much
       int64_t low = 0, high = r.outer;
-      while (low < high) {   // the first row whose work begins at `first` or later
+      while (low < high) {
         const int64_t v = (low + high) / 2;
-        if (work(v) < first) low = v + 1;
+        if (s.start[v] + v < work) low = v + 1;
         else high = v;
       }
-      while (low < r.outer && work(low) < last) {
-        int64_t next = low;
-        while (next < r.outer && work(next) < last && s.start[next] == s.start[next + 1]) ++next;
-        std::copy(input + low * r.inner, input + next * r.inner, out + low * r.inner);   // rows without terms
-        low = next;
-        if (low < r.outer && work(low) < last && !hot(low)) add_row(low);
-        ++low;
-      }
-    });
+      return low;
+    };
+    torch::stable::parallel_for(0, r.terms + r.outer, std::max<int64_t>(1, kGrain / r.inner),
+                                [&](int64_t first, int64_t last) { add_rows(before(first), before(last)); });
   }
 };
 
@@ -1046,6 +1064,7 @@ void sum_cpu(const Reduction& r, const Tensor& x, Tensor& out) {
 }
 
 void index_add_cpu(const Reduction& r, const Segments& s, const Tensor& input, const Tensor& source, Tensor& out) {
+  STD_TORCH_CHECK(!s.position || r.inner > 1, "index_add: the CPU sorts single numbers itself");
   for_type(input.scalar_type(), [&]<class T>(T) {
     IndexAdd<T>{r, s, static_cast<const T*>(input.const_data_ptr()), static_cast<const T*>(source.const_data_ptr()),
                 static_cast<T*>(out.mutable_data_ptr()), input.scalar_type()}.run();

@@ -141,45 +141,75 @@ Tensor sum_by_tickets(const Tensor& x, int64_t dims, bool keepdim, int64_t split
   return reduce(launch, r, x, dims, keepdim, splits, &tickets);
 }
 
+// Sorts index, of n values below size, by counting: the terms with value v get places start[v] ... start[v + 1] - 1, in
+// order. Calls put(place, i) for the i-th.
+template <class Count, class Put>
+void sort(const int64_t* index, int64_t n, int64_t size, int64_t* start, const Put& put) {
+  std::vector<Count> next(size);
+  for (int64_t i = 0; i < n; ++i) {
+    STD_TORCH_CHECK(0 <= index[i] && index[i] < size, "index out of range: ", index[i]);
+    ++next[index[i]];
+  }
+  start[0] = 0;
+  for (int64_t v = 0; v < size; ++v) {
+    start[v + 1] = start[v] + next[v];
+    next[v] = Count(start[v]);
+  }
+  for (int64_t i = 0; i < n; ++i) put(next[index[i]]++, i);
+}
+
+template <class Put>
+void sort(const Tensor& index, int64_t size, int64_t* start, const Put& put) {
+  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.is_contiguous(), "index must be contiguous int64");
+  const int64_t *at = static_cast<const int64_t*>(index.const_data_ptr()), n = index.numel();
+  if (n < int64_t{1} << 32) sort<uint32_t>(at, n, size, start, put);   // twice as many counts fit into the cache
+  else sort<int64_t>(at, n, size, start, put);
+}
+
 // start[0 ... size], then position[0 ... n - 1]: where v stands in index, in order, is position[start[v]] ...
 // position[start[v + 1] - 1].
 Tensor segments(const Tensor& index, int64_t size) {
-  const int64_t n = index.numel();
-  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.is_contiguous(), "index must be contiguous int64");
-  Tensor result = empty({size + 1 + n}, index);
-  const int64_t* at = static_cast<const int64_t*>(index.const_data_ptr());
+  Tensor result = empty({size + 1 + index.numel()}, index);
   int64_t* start = static_cast<int64_t*>(result.mutable_data_ptr());
-  std::fill(start, start + size + 1, 0);
-  for (int64_t i = 0; i < n; ++i) {
-    STD_TORCH_CHECK(0 <= at[i] && at[i] < size, "index out of range: ", at[i]);
-    ++start[at[i] + 1];
-  }
-  int64_t before = 0;   // start[v + 1] becomes where v begins, then, place by place, where it ends
-  for (int64_t v = 1; v <= size; ++v) before += std::exchange(start[v], before);
-  for (int64_t i = 0; i < n; ++i) start[size + 1 + start[at[i] + 1]++] = i;
+  sort(index, size, start, [position = start + size + 1](int64_t place, int64_t i) { position[place] = i; });
   return result;
 }
 
 using AddLaunch = void (*)(const Reduction&, const Segments&, const Tensor&, const Tensor&, Tensor&);
 
+// Without segments, which CUDA needs, the index is sorted here.
 template <AddLaunch launch>
-Tensor index_add(const Tensor& input, const Tensor& index, const Tensor& source, const Tensor& segments, int64_t order,
-                 bool per_output, int64_t splits, int64_t seed, const std::optional<Tensor>& step, int64_t op) {
+Tensor index_add(const Tensor& input, const Tensor& index, const Tensor& source, const std::optional<Tensor>& segments,
+                 int64_t splits, int64_t order, bool per_output, int64_t seed, const std::optional<Tensor>& step,
+                 int64_t op) {
   Reduction r = ordered(order, per_output, seed, step, op, input);
   const int64_t size = input.size(0), n = index.numel();
   STD_TORCH_CHECK(input.dim() == 2 && source.dim() == 2 && source.size(0) == n && source.size(1) == input.size(1) &&
-                  segments.numel() == size + 1 + n && input.scalar_type() == source.scalar_type() && splits >= 1,
+                  input.scalar_type() == source.scalar_type() && splits >= 1,
                   "index_add: shapes or dtypes do not match");
-  for (const Tensor& places : {index, segments})
-    STD_TORCH_CHECK(places.scalar_type() == ScalarType::Long && places.is_contiguous() &&
-                    places.is_cuda() == input.is_cuda() && places.get_device_index() == input.get_device_index(),
-                    "index and segments must be contiguous int64 on the device of input");
-  const Tensor from = torch::stable::contiguous(input), terms = torch::stable::contiguous(source);
-  Tensor out = empty({size, input.size(1)}, input);
-  if (out.numel() == 0) return out;
+  const Tensor from = torch::stable::contiguous(input), all = torch::stable::contiguous(source);
+  Tensor terms = all, places = index, out = empty({size, input.size(1)}, input);
   r.outer = size, r.terms = n, r.inner = input.size(1), r.groups = splits;
-  const int64_t* start = static_cast<const int64_t*>(segments.const_data_ptr());
-  launch(r, {static_cast<const int64_t*>(index.const_data_ptr()), start, start + size + 1}, from, terms, out);
+  const bool sorted = !segments && r.inner == 1;   // terms that lie side by side are added faster
+  if (sorted) {
+    places = empty({size + 1}, index), terms = empty({n, 1}, source);
+    for_type(source.scalar_type(), [&]<class T>(T) {
+      sort(index, size, static_cast<int64_t*>(places.mutable_data_ptr()),
+           [x = static_cast<const T*>(all.const_data_ptr()), to = static_cast<T*>(terms.mutable_data_ptr())](
+               int64_t place, int64_t i) { to[place] = x[i]; });
+    });
+  } else {
+    places = segments ? *segments : ordered::segments(index, size);
+    STD_TORCH_CHECK(places.numel() == size + 1 + n, "index_add: segments do not match");
+  }
+  for (const Tensor& each : {index, places})
+    STD_TORCH_CHECK(each.scalar_type() == ScalarType::Long && each.is_contiguous() &&
+                    each.is_cuda() == input.is_cuda() && each.get_device_index() == input.get_device_index(),
+                    "index and segments must be contiguous int64 on the device of input");
+  if (out.numel() == 0) return out;
+  const int64_t* start = static_cast<const int64_t*>(places.const_data_ptr());
+  launch(r, {static_cast<const int64_t*>(index.const_data_ptr()), start, sorted ? nullptr : start + size + 1}, from, terms,
+         out);
   return out;
 }
 
@@ -206,8 +236,10 @@ STABLE_TORCH_LIBRARY(ordered_reduce, m) {
   m.def("sum_forward(Tensor x, int dims, bool keepdim, int splits, int order=0, bool per_output=True, int seed=0,"
         " Tensor? step=None, int op=0) -> Tensor");   // the same, without the derivative that ops.py gives sum
   m.def("segments(Tensor index, int size) -> Tensor");
-  m.def("index_add(Tensor input, Tensor index, Tensor source, Tensor segments, int order, bool per_output, int splits,"
-        " int seed, Tensor? step, int op) -> Tensor");
+  m.def("index_add(Tensor input, Tensor index, Tensor source, Tensor? segments, int splits, int order=0,"
+        " bool per_output=True, int seed=0, Tensor? step=None, int op=0) -> Tensor");
+  m.def("index_add_forward(Tensor input, Tensor index, Tensor source, Tensor? segments, int splits, int order=0,"
+        " bool per_output=True, int seed=0, Tensor? step=None, int op=0) -> Tensor");   // as sum_forward
   m.def("sum_by_tickets(Tensor x, int dims, bool keepdim, int splits, bool take, Tensor(a!) tickets) -> Tensor");
   m.def("conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation,"
         " int groups, int splits) -> Tensor");   // conv.cpp; on the CPU alone
@@ -225,6 +257,7 @@ STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CPU, m) {
   m.impl("sum_forward", TORCH_BOX(&ordered::sum<ordered::sum_cpu>));
   m.impl("segments", TORCH_BOX(&ordered::segments));
   m.impl("index_add", TORCH_BOX(&ordered::index_add<ordered::index_add_cpu>));
+  m.impl("index_add_forward", TORCH_BOX(&ordered::index_add<ordered::index_add_cpu>));
   m.impl("sum_by_tickets", TORCH_BOX(&ordered::sum_by_tickets<ordered::sum_cpu>));
 }
 
@@ -233,6 +266,7 @@ STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CUDA, m) {
   m.impl("sum", TORCH_BOX(&ordered::sum<ordered::sum_cuda>));
   m.impl("sum_forward", TORCH_BOX(&ordered::sum<ordered::sum_cuda>));
   m.impl("index_add", TORCH_BOX(&ordered::index_add<ordered::index_add_cuda>));
+  m.impl("index_add_forward", TORCH_BOX(&ordered::index_add<ordered::index_add_cuda>));
   m.impl("sum_by_tickets", TORCH_BOX(&ordered::sum_by_tickets<ordered::sum_cuda>));
 }
 #endif

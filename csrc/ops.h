@@ -47,7 +47,8 @@ void exact_cpu(const Reduction& r, ScalarType type, const void* x, void* out);
 
 // out[v] = input[v] + the reduction of source[position[start[v]]] ... source[position[start[v + 1] - 1]]; all of these
 // are rows of r.inner numbers one after the other. r.outer is the number of v, r.terms that of source's rows, r.groups
-// the splits asked for. index[position[k]] is v.
+// the splits asked for. index[position[k]] is v. On the CPU, position is null where r.inner is 1: source is in that
+// order already.
 struct Segments {
   const int64_t *index, *start, *position;
 };

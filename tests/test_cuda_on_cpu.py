@@ -120,11 +120,12 @@ def test_index_add_has_the_bits_of_the_cpu(emulated, rows, terms, width, dtype):
     segments = torch.ops.ordered_reduce.segments(index, rows)
     for seed, (order, per_output, splits) in enumerate([(FIXED, True, 8), (FIXED, True, 3), (SHUFFLED, True, 8),
                                                         (SHUFFLED, False, 8), (EXACT, True, 8)]):
-        arguments = (into, index, source, segments, order, per_output, splits, 5, torch.tensor(3), 2)
+        arguments = (splits, order, per_output, 5, torch.tensor(3), 2)
         emulated.schedule(seed)
-        assert same_bits(emulated.index_add(*arguments), torch.ops.ordered_reduce.index_add(*arguments)), (order, splits)
+        assert same_bits(emulated.index_add(into, index, source, segments, *arguments),
+                         torch.ops.ordered_reduce.index_add(into, index, source, None, *arguments)), (order, splits)
     emulated.schedule(1)
-    raced = emulated.index_add(into, index, source, segments, ATOMIC, True, 8, 5, None, 2)
+    raced = emulated.index_add(into, index, source, segments, 8, ATOMIC)
     assert torch.allclose(raced.double(), into.double().index_add(0, index, source.double()), rtol=0.1, atol=0.3)
 
 
@@ -132,4 +133,4 @@ def test_index_add_has_the_bits_of_the_cpu(emulated, rows, terms, width, dtype):
 def test_every_group_is_raced_once(emulated, terms):
     index, source = torch.zeros(terms, dtype=torch.int64), torch.ones(terms, 2)
     segments = torch.ops.ordered_reduce.segments(index, 1)
-    assert emulated.index_add(source[:1], index, source, segments, ATOMIC, True, 8, 5, None, 2).tolist() == [[1 + terms] * 2]
+    assert emulated.index_add(source[:1], index, source, segments, 8, ATOMIC).tolist() == [[1 + terms] * 2]

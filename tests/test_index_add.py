@@ -114,11 +114,13 @@ def test_atomic_races_over_the_groups_of_a_row(device):
 @pytest.mark.parametrize("order", ["fixed", "shuffled", "exact"])
 def test_opcheck_gradients_and_compile(device, order):
     index = torch.tensor([2, 0, 2, 2], device=device)
-    arguments = (ordered_reduce.ops.ORDERS.index(order), True, 3, 1, torch.tensor(2), 3)
+    arguments = (3, ordered_reduce.ops.ORDERS.index(order), True, 1, torch.tensor(2), 3)
     input, source = (torch.randn(n, 2, dtype=torch.float64, device=device, requires_grad=True) for n in (3, 4))
     segments = torch.ops.ordered_reduce.segments(index, 3)
     torch.library.opcheck(torch.ops.ordered_reduce.segments.default, (index, 3))
     torch.library.opcheck(torch.ops.ordered_reduce.index_add.default, (input, index, source, segments, *arguments))
+    torch.library.opcheck(torch.ops.ordered_reduce.index_add_forward.default,
+                          (input.detach(), index, source.detach(), segments, *arguments))
 
     def f(input, source):
         return ordered_reduce.index_add(input, 1, index, source, order=order, splits=3).square()

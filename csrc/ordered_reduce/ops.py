@@ -218,18 +218,32 @@ def index_add(input, dim, index, source, *, order="fixed", splits=8, seed=0, ste
                            f"got input {list(input.shape)}, index {list(index.shape)}, source {list(source.shape)}, "
                            f"dim {dim}")
     rows, index = input.shape[dim], index.reshape(-1).long().contiguous()
-    # A compiled program cannot raise for a value, and a captured one cannot look at it: there the kernels check.
-    looking = not torch.compiler.is_compiling() and not (index.is_cuda and torch.cuda.is_current_stream_capturing())
-    for extreme in torch.stack(index.aminmax()).tolist() if looking and index.numel() else ():
-        if not 0 <= extreme < rows:
-            raise IndexError(f"index_add(): index {extreme} is out of range for dimension {dim} with size {rows}")
+    # A compiled program cannot raise for a value, and a captured one cannot look at it: there the kernels check. So does
+    # the CPU's.
+    if index.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
+        _check_range(index, dim, rows)
     moved = input.movedim(dim, 0)
     width = moved.shape[1:].numel()
-    result = torch.ops.ordered_reduce.index_add(
-        moved.reshape(rows, width), index, source.movedim(dim, 0).reshape(index.numel(), width),
-        torch.ops.ordered_reduce.segments(index, rows), ORDERS.index(order), scope == "output", splits, seed,
-        _step(step, order, "input", input), op)
+    differentiated = torch.is_grad_enabled() and (input.requires_grad or source.requires_grad)
+    call = _index_add if differentiated else _index_add_forward
+    try:
+        result = call(moved.reshape(rows, width), index, source.movedim(dim, 0).reshape(index.numel(), width),
+                      torch.ops.ordered_reduce.segments(index, rows) if index.is_cuda else None,
+                      *order_arguments(input, order, splits, seed, step, op, scope))
+    except RuntimeError:
+        _check_range(index, dim, rows)
+        raise
     return result.reshape(moved.shape).movedim(0, dim)
+
+
+def _check_range(index, dim, rows):
+    for extreme in torch.stack(index.aminmax()).tolist() if index.numel() else ():
+        if not 0 <= extreme < rows:
+            raise IndexError(f"index_add(): index {extreme} is out of range for dimension {dim} with size {rows}") from None
+
+
+_index_add = torch.ops.ordered_reduce.index_add.default
+_index_add_forward = torch.ops.ordered_reduce.index_add_forward.default
 
 
 @torch.library.register_fake("ordered_reduce::segments")
@@ -244,6 +258,7 @@ def _(index, size):
 
 
 @torch.library.register_fake("ordered_reduce::index_add")
+@torch.library.register_fake("ordered_reduce::index_add_forward")
 def _(input, *_):
     return input.new_empty(input.shape)
 
