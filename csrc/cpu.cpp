@@ -890,7 +890,7 @@ struct IndexAdd {
     part.first = uint64_t(v * r.inner);
     return part;
   }
-  const T* terms(int64_t first) const { return s.position ? source : source + first * r.inner; }
+  const T* terms(int64_t first) const { return s.position ? source : source + first; }
   INLINE const T* row(int64_t k) const { return source + (s.position ? s.position[k] : k) * r.inner; }
 
   // The source is read in no order that a processor could foresee. (INLINE, or GCC takes a function that only prefetches
@@ -960,7 +960,7 @@ struct IndexAdd {
       const int64_t first = s.start[v], n = s.start[v + 1] - first;
       if (!few(n)) {
         if (!hot(n)) add_row(v, first, n);
-      } else if (r.inner == 1 && !s.position) {
+      } else if (r.inner == 1) {
         add_few_numbers(v, first, n);
       } else {
         n > 0 ? add_few(v, first, n) : copy(v);

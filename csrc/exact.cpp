@@ -29,6 +29,7 @@ constexpr int64_t kBrief = kWidth * kRowsOfBlock;   // terms of an output that a
 constexpr int kRowsAtOnce = 32;           // of doubles of one output that lie side by side
 constexpr int kStreams = 8;               // rows that are read together
 constexpr int kSide = 32;                 // sums that are rounded side by side
+constexpr int kTies = 32;                 // bfloat16s up to which a tie is likely
 constexpr int64_t kGrain = 1 << 15;       // terms below which a second thread does not pay
 
 typedef double Doubles __attribute__((vector_size(32)));
@@ -39,7 +40,7 @@ typedef int32_t Words __attribute__((vector_size(32)));
 typedef double FourDoubles __attribute__((vector_size(32), aligned(8), may_alias));
 typedef float FourFloats __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t EightWords __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int16_t EightHalves __attribute__((vector_size(16), aligned(2), may_alias));
+typedef uint16_t EightHalves __attribute__((vector_size(16), aligned(2), may_alias));
 
 INLINE Doubles load(const double* x) { return *reinterpret_cast<const FourDoubles*>(x); }
 INLINE Doubles to_doubles(FourFloats x) { return Doubles{x[0], x[1], x[2], x[3]}; }   // one instruction of GCC 12's
@@ -55,23 +56,45 @@ template <class V>
 INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
-
-// Eight terms to two vectors of sums, and their sizes to the largest.
-INLINE void add_eight(const float* x, Doubles& lower, Doubles& upper, Words& most) {
-  lower += load(x), upper += load(x + 4);
-  most = larger(most, size_of(x));
+template <class V>
+INLINE V smaller(V a, V b) {
+  return a < b ? a : b;
 }
-INLINE void add_eight(const BFloat16* x, Doubles& lower, Doubles& upper, EightHalves& most) {
+
+// Eight terms to two vectors of sums.
+INLINE void add_eight(const float* x, Doubles& lower, Doubles& upper) { lower += load(x), upper += load(x + 4); }
+INLINE void add_eight(const BFloat16* x, Doubles& lower, Doubles& upper) {
   const EightHalves zero = {}, half = *reinterpret_cast<const EightHalves*>(x);   // upper halves of floats
   lower += to_doubles(FourFloats(__builtin_shufflevector(zero, half, 0, 8, 1, 9, 2, 10, 3, 11)));
   upper += to_doubles(FourFloats(__builtin_shufflevector(zero, half, 4, 12, 5, 13, 6, 14, 7, 15)));
-  most = larger(most, half & 0x7FFF);
+}
+// In any order, which takes less.
+INLINE void add_any_eight(const float* x, Doubles& one, Doubles& two) { add_eight(x, one, two); }
+INLINE void add_any_eight(const BFloat16* x, Doubles& one, Doubles& two) {
+  typedef int32_t FourPairs __attribute__((vector_size(16), aligned(2), may_alias));
+  const FourPairs pairs = *reinterpret_cast<const FourPairs*>(x);
+  one += to_doubles(FourFloats(pairs << 16)), two += to_doubles(FourFloats(pairs & int32_t(0xFFFF0000)));
 }
 
-template <class T>
-using Sizes = std::conditional_t<std::is_same_v<T, BFloat16>, EightHalves, Words>;   // of eight terms
-INLINE Words to_words(Words sizes) { return sizes; }
-INLINE Words to_words(EightHalves sizes) { return __builtin_convertvector(sizes, Words) << 16; }
+// The sizes of terms, eight side by side: see Running. LEAST: of bfloat16s the least too.
+template <class T, bool LEAST = false>
+struct Sizes {
+  Words largest = {};
+  INLINE void note(const T* x) { largest = larger(largest, size_of(x)); }
+  INLINE Words most() const { return largest; }
+  INLINE Words least() const { return Words{}; }
+};
+template <bool LEAST>
+struct Sizes<BFloat16, LEAST> {
+  EightHalves largest = {}, smallest = ~EightHalves{};   // that less one, so that zero is not the smallest
+  INLINE void note(const BFloat16* x) {
+    const EightHalves size = *reinterpret_cast<const EightHalves*>(x) & 0x7FFF;
+    largest = larger(largest, size);
+    if (LEAST) smallest = smaller(smallest, size - 1);
+  }
+  INLINE Words most() const { return __builtin_convertvector(largest, Words) << 16; }
+  INLINE Words least() const { return LEAST ? __builtin_convertvector(smallest, Words) >> 7 : Words{}; }
+};
 
 // ------------------------------------------------------------------------------------ sums with a bound on their error
 
@@ -84,14 +107,17 @@ INLINE V add_to(V& sum, V x) {
   return (before - (sum - other)) + (x - other);
 }
 
-// The sum of terms is nearly hi + lo. most: the upper 32 bits of the largest |term|.
+constexpr int kNone = 0xFFFF >> 7;   // what Sizes says where all terms are zero
+
+// The sum of terms is nearly hi + lo. most: the upper 32 bits of the largest |term|. least: at most the exponent, as a
+// float has it, of any term but zero.
 struct Running {
   double hi = -0.0, lo = 0;
-  int32_t most = 0;
+  int32_t most = 0, least = kNone;
 
   INLINE void add(const Running& other) {
     lo += add_to(hi, other.hi) + other.lo;
-    most = std::max(most, other.most);
+    most = std::max(most, other.most), least = std::min(least, other.least);
   }
 };
 
@@ -100,15 +126,22 @@ INLINE Running sum_of_lanes(const Doubles* hi, const Doubles* lo, int vectors) {
   Doubles sum = hi[0], rest = lo[0];
   for (int i = 1; i < vectors; ++i) rest += add_to(sum, hi[i]) + lo[i];
   Running all;
-  for (int l = 0; l < 4; ++l) all.add({sum[l], rest[l], 0});
+  for (int l = 0; l < 4; ++l) all.add({sum[l], rest[l]});
   return all;
 }
 
-// Sums of kSide outputs, see Running.
+// Sums of kSide outputs, see Running: where they are, and a place for them.
 struct Side {
+  const double *hi, *lo;
+  const int32_t *most, *least;
+};
+struct Place {
   alignas(32) double hi[kSide], lo[kSide];
-  alignas(32) int32_t most[kSide];
-  INLINE void set(int i, const Running& sum) { hi[i] = sum.hi, lo[i] = sum.lo, most[i] = sum.most; }
+  alignas(32) int32_t most[kSide], least[kSide];
+  INLINE void set(int i, const Running& sum) {
+    hi[i] = sum.hi, lo[i] = sum.lo, most[i] = sum.most, least[i] = sum.least;
+  }
+  INLINE operator Side() const { return {hi, lo, most, least}; }
 };
 
 // Sums of neighbouring lanes over the rows of a block and over all blocks.
@@ -120,33 +153,51 @@ struct Lanes {
 
   Doubles sum[kMost / 4], errors[kFloat ? 1 : kMost / 4];   // of the block; floats' sums have hardly any error
   Doubles hi[kMost / 4], lo[kMost / 4];
-  Words most[kMost / kEach];
+  Words most[kMost / kEach], least[kMost / kEach];
   int64_t exponent;   // of the largest term that add_at_once has seen, in its place in a double
 
   INLINE void clear(int vectors) {
-    for (int i = 0; i < vectors * kFours; ++i) sum[i] = hi[i] = -Doubles{}, lo[i] = Doubles{};
-    for (int v = 0; v < vectors; ++v) most[v] = Words{};
+    for (int i = 0; i < vectors * kFours; ++i) sum[i] = -Doubles{};
+    for (int v = 0; v < vectors; ++v) most[v] = Words{}, least[v] = Words{} + kNone;
     for (int v = 0; v < vectors && !kFloat; ++v) errors[v] = Doubles{};
     exponent = 0;
   }
 
-  template <int ROWS, class T>
+  template <int ROWS, bool LEAST, class T>
   INLINE void add(const T* const* row, int vectors) {
     for (int v = 0; v < vectors; ++v) {
       Doubles s[2] = {sum[v * kFours], kFloat ? sum[v * kFours + 1] : errors[v]};
-      Sizes<T> m = {};
+      Sizes<T, LEAST> sizes;
       for (int k = 0; k < ROWS; ++k) {
         const T* x = row[k] + v * kEach;
-        if constexpr (kFloat) add_eight(x, s[0], s[1], m);
-        else s[1] += add_to(s[0], load(x)), m = larger(m, size_of(x));
+        if constexpr (kFloat) add_eight(x, s[0], s[1]);
+        else s[1] += add_to(s[0], load(x));
+        sizes.note(x);
       }
       sum[v * kFours] = s[0], (kFloat ? sum[v * kFours + 1] : errors[v]) = s[1];
-      most[v] = larger(most[v], to_words(m));
+      note(v, sizes);
     }
   }
+  template <class T, bool LEAST>
+  INLINE void note(int v, const Sizes<T, LEAST>& sizes) {
+    most[v] = larger(most[v], sizes.most()), least[v] = smaller(least[v], sizes.least());
+  }
 
-  // The same of kRowsAtOnce rows of four vectors of doubles, x, with half the additions: Dekker's two-sum, which wants
-  // sums that are larger than the terms, so they start at sigma. Or false: the terms are too small or too large.
+  // The same of kRowsAtOnce rows of four vectors, x, which lie side by side, in registers.
+  template <class T>
+  INLINE bool add_at_once(const T* x) {
+    Doubles s[8];
+    Sizes<T> sizes;
+    std::copy_n(sum, 8, s);
+    for (int row = 0; row < kRowsAtOnce; ++row)
+      for (int v = 0; v < 4; ++v, x += 8) add_any_eight(x, s[2 * v], s[2 * v + 1]), sizes.note(x);
+    std::copy_n(s, 8, sum);
+    note(0, sizes);
+    return true;
+  }
+
+  // Of doubles, with half the additions: Dekker's two-sum, which wants sums that are larger than the terms, so they
+  // start at sigma. Or false: the terms are too small or too large.
   INLINE bool add_at_once(const double* x) {
     constexpr int kFour = 4;   // vectors of a row
     constexpr int64_t kExponent = int64_t{0x7FF} << 52, kUp = int64_t{7} << 52;   // sigma >= 2 kRowsAtOnce |term|
@@ -175,25 +226,36 @@ struct Lanes {
     }
   }
 
-  INLINE void end_block(int vectors) {
+  INLINE void end_block(int vectors, bool first) {
     for (int i = 0; i < vectors * kFours; ++i) {
-      lo[i] += add_to(hi[i], sum[i]);
+      const Doubles rest = kFloat ? Doubles{} : errors[i];
+      if (first) hi[i] = sum[i], lo[i] = rest;
+      else lo[i] += add_to(hi[i], sum[i]) + rest;
       sum[i] = -Doubles{};
-      if (!kFloat) lo[i] += errors[i], errors[i] = Doubles{};
+      if (!kFloat) errors[i] = Doubles{};
     }
   }
 
   // All lanes' sums to lane 0.
   INLINE void merge(int vectors) {
     Running all = sum_of_lanes(hi, lo, vectors * kFours);
-    for (int v = 1; v < vectors; ++v) most[0] = larger(most[0], most[v]);
-    for (int l = 0; l < kEach; ++l) all.most = std::max(all.most, (*this)[l].most);
-    hi[0][0] = all.hi, lo[0][0] = all.lo, most[0][kFloat ? 0 : 1] = all.most;
+    for (int v = 1; v < vectors; ++v) most[0] = larger(most[0], most[v]), least[0] = smaller(least[0], least[v]);
+    for (int l = 0; l < kEach; ++l) {
+      const Running lane = (*this)[l];
+      all.most = std::max(all.most, lane.most), all.least = std::min(all.least, lane.least);
+    }
+    hi[0][0] = all.hi, lo[0][0] = all.lo, most[0][kFloat ? 0 : 1] = all.most, least[0][kFloat ? 0 : 1] = all.least;
   }
 
   INLINE Running operator[](int l) const {
+    const int word = kFloat ? l : 2 * l + 1;
     return {reinterpret_cast<const double*>(hi)[l], reinterpret_cast<const double*>(lo)[l],
-            reinterpret_cast<const int32_t*>(most)[kFloat ? l : 2 * l + 1]};
+            reinterpret_cast<const int32_t*>(most)[word], reinterpret_cast<const int32_t*>(least)[word]};
+  }
+  INLINE Side from(int l) const {
+    static_assert(kFloat);
+    return {reinterpret_cast<const double*>(hi) + l, reinterpret_cast<const double*>(lo) + l,
+            reinterpret_cast<const int32_t*>(most) + l, reinterpret_cast<const int32_t*>(least) + l};
   }
 };
 
@@ -205,10 +267,16 @@ struct Lanes {
 // lane's blocks, then the lanes and the pieces (see Cut), at most `blocks` additions one after the other, is off by
 // u^2 blocks^2 n most (Ogita, Rump, Oishi, "Accurate Sum and Dot Product", SIAM J. Sci. Comput. 26 (2005), Section 4).
 // The bound is twice all that, which covers the roundings down here.
+//
+// Half types have few digits: mostly a double holds all digits from the first of the largest possible sum, below
+// n 2^(exponent + 1), to the last of the least term. Then no addition rounds. (Such sums are often ties.)
 template <class T>
 struct Rounding {
   using A = typename AccType<T>::type;
+  static constexpr bool kHalf = !std::is_same_v<T, A>, kBrain = std::is_same_v<T, BFloat16>;
+  static constexpr int kDigits = kBrain ? 8 : 11, kLeast = kBrain ? 0 : 127 - 14;   // the least exponent of T
   double share;   // of the largest term, that the sum may be off by
+  int room;       // between the exponents of the largest and the least term of a half type's exact sum
 
   INLINE Rounding(int64_t n, int64_t lanes) {   // that share the terms of an output
     const double depth = kRowsOfBlock / 2 + 1;
@@ -216,6 +284,7 @@ struct Rounding {
     const double blocks = double(n) / double(kRowsOfBlock * lanes) + pieces + 128;
     const double of_blocks = std::is_same_v<A, float> ? depth * 0x1p-52 : 0x1p13 * 0x1p-105;
     share = double(n) * (of_blocks + blocks * blocks * 0x1p-105);
+    room = 53 - kDigits - std::bit_width(uint64_t(n));
   }
 
   struct Interval {
@@ -225,7 +294,9 @@ struct Rounding {
     double most, sum = sums.hi[i];
     if constexpr (std::is_same_v<A, float>) most = double(std::bit_cast<float>(sums.most[i]));
     else most = std::bit_cast<double>((int64_t{sums.most[i]} + 1) << 32);
-    const double rest = add_to(sum, sums.lo[i]), bound = most * share;
+    const double rest = add_to(sum, sums.lo[i]);
+    double bound = most * share;
+    if (kHalf && (sums.most[i] >> 23) - std::max(sums.least[i], kLeast) <= room) bound = 0;   // as below
     return {sum + (rest - bound), sum + (rest + bound)};
   }
 
@@ -233,28 +304,41 @@ struct Rounding {
     const Interval ends = around(sums, i);
     const T low = narrow<T>(ends.low), high = narrow<T>(ends.high);
     out[i] = low;
-    certain[i] = int(A(low) == A(high)) & int(A(low) != 0);   // never with NaN or an infinite sum of doubles
+    certain[i] = -(int(A(low) == A(high)) & int(A(low) != 0));   // never with NaN or an infinite sum of doubles
   }
 
-  // Each of kSide sums rounded to out, and whether that is the exact sum's rounding for certain.
+  // Each of kSide sums rounded to out, and whether that is the exact sum's rounding for certain (~0) or not (0).
   INLINE void operator()(const Side& sums, T* out, int32_t* certain) const {
     if constexpr (std::is_same_v<T, A>) {
       for (int i = 0; i < kSide; ++i) round(sums, i, out, certain);
     } else {   // to nearest, ties to even, in the bits of a double: right where T is not subnormal
-      constexpr int kCut = std::is_same_v<T, BFloat16> ? 45 : 42;
-      constexpr double kNormal = std::is_same_v<T, BFloat16> ? 0x1p-126 : 0x1p-14;
-      double rounded[kSide];
-      const auto cut = [](double x) __attribute__((always_inline)) {
-        const uint64_t bits = bits_of(x);
-        return double_of((bits + (bits >> kCut & 1) + (uint64_t{1} << (kCut - 1)) - 1) >> kCut << kCut);
+      constexpr int kCut = 53 - kDigits;
+      constexpr double kNormal = kBrain ? 0x1p-126 : 0x1p-14;
+      typedef int32_t FourWords __attribute__((vector_size(16), may_alias));
+      typedef uint16_t FourHalves __attribute__((vector_size(8), aligned(2), may_alias));
+      float rounded[kSide];
+      const auto cut = [](Doubles x) __attribute__((always_inline)) {
+        typedef uint64_t Raw __attribute__((vector_size(32)));
+        const Raw bits = Raw(x);
+        return Doubles((bits + (bits >> kCut & 1) + (uint64_t{1} << (kCut - 1)) - 1) >> kCut << kCut);
       };
-      for (int i = 0; i < kSide; ++i) {
-        const Interval ends = around(sums, i);
-        rounded[i] = cut(ends.low);
-        const bool number = ends.low == ends.low, normal = std::abs(rounded[i]) >= kNormal;
-        certain[i] = int(number) & int(normal) & int(rounded[i] == cut(ends.high));
+      for (int i = 0; i < kSide; i += 4) {
+        const auto words = [i](const int32_t* x) __attribute__((always_inline)) {
+          return *reinterpret_cast<const FourWords*>(x + i);
+        };
+        Doubles sum = load(sums.hi + i);
+        const Doubles rest = add_to(sum, load(sums.lo + i));
+        const FourWords most = words(sums.most), least = larger(words(sums.least), FourWords{} + kLeast);
+        const Bits holds = __builtin_convertvector((most >> 23) - least <= room, Bits);
+        const Doubles bound = Doubles(Bits(to_doubles(FourFloats(most)) * share) & ~holds);
+        const Doubles low = sum + (rest - bound), near = cut(low), size = Doubles(Bits(near) & INT64_MAX);
+        const Bits sure = (low == low) & (size >= kNormal) & (near == cut(sum + (rest + bound)));
+        const FourFloats floats = __builtin_convertvector(near, FourFloats);
+        if (kBrain) *reinterpret_cast<FourHalves*>(out + i) = __builtin_convertvector(FourWords(floats) >> 16, FourHalves);
+        else *reinterpret_cast<FourFloats*>(rounded + i) = floats;
+        *reinterpret_cast<FourWords*>(certain + i) = __builtin_convertvector(sure, FourWords);
       }
-      for (int i = 0; i < kSide; ++i) out[i] = T(float(rounded[i]));
+      for (int i = 0; i < kSide && !kBrain; ++i) out[i] = T(rounded[i]);
       for (int i = 0; i < kSide; ++i)
         if (!certain[i]) round(sums, i, out, certain);
     }
@@ -341,6 +425,7 @@ template <class T>
 struct ExactSum {
   using A = typename AccType<T>::type;
   static constexpr bool kDirect = std::is_same_v<T, A> || std::is_same_v<T, BFloat16>;   // terms need no buffer
+  using B = std::conditional_t<kDirect, T, A>;   // what a buffer holds
   const Reduction& r;
   const T* x;
   T* out;
@@ -374,34 +459,36 @@ struct ExactSum {
     const T* first = terms_of(output);
     const int64_t rows = (end - begin + per_row - 1) / per_row, step = per_row * r.term_stride;
     const bool straight = kDirect && !r.rows && (across || r.term_stride == 1);   // rows as they lie
-    A buffer[kStreams][kBytes / sizeof(A)];
+    B buffer[kStreams][kBytes / sizeof(A)];
     sums.clear(vectors);
     for (int64_t row = 0; row < rows;) {
       const int64_t left = std::min(kRowsOfBlock - row % kRowsOfBlock, rows - row);
-      if constexpr (std::is_same_v<T, double>)
+      if constexpr (kDirect)
         if (straight && !across && left >= kRowsAtOnce && begin + (row + kRowsAtOnce) * per_row <= end &&
             sums.add_at_once(first + begin + row * per_row)) {
           row += kRowsAtOnce;
-          if (row % kRowsOfBlock == 0 || row == rows) sums.end_block(vectors);
+          if (row % kRowsOfBlock == 0 || row == rows) sums.end_block(vectors, row <= kRowsOfBlock);
           continue;
         }
       const int some = left >= kStreams ? kStreams : 1;
       const int64_t t = begin + row * per_row;
       const auto add = [&](const auto& at) __attribute__((always_inline)) {
-        some == kStreams ? sums.template add<kStreams>(at, vectors) : sums.template add<1>(at, vectors);
+        if (some == 1) sums.template add<1, true>(at, vectors);
+        else if (r.terms > kTies) sums.template add<kStreams, false>(at, vectors);
+        else sums.template add<kStreams, true>(at, vectors);
       };
       if (straight && (across ? outputs == lanes : t + some * lanes <= end)) {
         const T* at[kStreams];
         for (int k = 0; k < some; ++k) at[k] = first + t * r.term_stride + k * step;
         if constexpr (kDirect) add(at);
       } else {
-        const A* at[kStreams];
+        const B* at[kStreams];
         for (int64_t k = 0, from = t; k < some; ++k, from += per_row)
           at[k] = lay_out(term(first, from), across ? outputs : int(std::min(per_row, end - from)), buffer[k]);
         add(at);
       }
       row += some;
-      if (row % kRowsOfBlock == 0 || row == rows) sums.end_block(vectors);
+      if (row % kRowsOfBlock == 0 || row == rows) sums.end_block(vectors, row <= kRowsOfBlock);
     }
     if (!across) sums.merge(vectors);
     if (to)
@@ -411,35 +498,29 @@ struct ExactSum {
   }
 
   // The same for all terms of kSide outputs, which are brief: a block of rows at most, with nothing to merge.
+  INLINE void add_side(int64_t output) { r.terms > kTies ? add_side<false>(output) : add_side<true>(output); }
+  template <bool LEAST>
   INLINE void add_side(int64_t output) {
     const int outputs = int(std::min<int64_t>(kSide, r.outputs() - output));
     constexpr int kEach = Lanes<A>::kEach, kWords = 8 / kEach;   // of Words for a lane
-    Side sums = {};
+    Place sums = {};
     for (int w = 0; w < outputs; ++w) {
       const T* first = terms_of(output + w);
       Doubles sum[kVectors], errors[kVectors] = {};   // hardly any of floats
-      Words most = {};
-      EightHalves halves = {};
-      A buffer[kWidth];
+      Sizes<B, LEAST> sizes;
+      B buffer[kWidth];
       for (Doubles& s : sum) s = -Doubles{};
       for (int64_t t = 0; t < r.terms; t += kWidth) {
-        const int n = int(std::min<int64_t>(kWidth, r.terms - t));
-        if constexpr (std::is_same_v<T, BFloat16>)
-          if (n == kWidth && r.term_stride == 1) {
-            add_eight(term(first, t), sum[0], sum[1], halves);
-            continue;
-          }
-        const A* x = lay_out(term(first, t), n, buffer);
-        if constexpr (std::is_same_v<A, float>) {
-          add_eight(x, sum[0], sum[1], most);
-        } else {
+        const B* x = lay_out(term(first, t), int(std::min<int64_t>(kWidth, r.terms - t)), buffer);
+        if constexpr (std::is_same_v<A, float>) add_eight(x, sum[0], sum[1]);
+        else
           for (int v = 0; v < kVectors; ++v) errors[v] += add_to(sum[v], load(x + 4 * v));
-          for (int l = 0; l < kWidth; l += kEach) most = larger(most, size_of(x + l));
-        }
+        for (int l = 0; l < kWidth; l += kEach) sizes.note(x + l);
       }
-      if (std::is_same_v<T, BFloat16>) most = larger(most, to_words(halves));
       Running all = sum_of_lanes(sum, errors, kVectors);
-      for (int l = kWords - 1; l < 8; l += kWords) all.most = std::max(all.most, most[l]);
+      const Words most = sizes.most(), least = sizes.least();
+      for (int l = kWords - 1; l < 8; l += kWords)
+        all.most = std::max(all.most, most[l]), all.least = std::min(all.least, least[l]);
       sums.set(w, all);
     }
     settle(output, outputs, sums);
@@ -451,14 +532,18 @@ struct ExactSum {
     const int outputs = here(output, width);
     for (int begin = 0; begin < outputs; begin += kSide) {
       const int some = std::min(kSide, outputs - begin);
-      Side side = {};
-      for (int i = 0; i < some; ++i) side.set(i, sums[begin + i]);
-      settle(output + begin, some, side);
+      if constexpr (std::is_same_v<Sums, Lanes<float>>) {
+        settle(output + begin, some, sums.from(begin));
+      } else {
+        Place place = {};
+        for (int i = 0; i < some; ++i) place.set(i, sums[begin + i]);
+        settle(output + begin, some, place);
+      }
     }
   }
   INLINE void settle(int64_t output, int outputs, const Side& sums) {
     T rounded[kSide];
-    int32_t certain[kSide], all = 1;
+    alignas(32) int32_t certain[kSide], all = ~0;
     settled(sums, rounded, certain);
     std::copy(rounded, rounded + outputs, out + output);
     for (int i = 0; i < outputs; ++i) all &= certain[i];
@@ -488,15 +573,15 @@ struct ExactSum {
   }
 
   // n numbers, and -0.0 up to `lanes`: where they lie or in the buffer.
-  INLINE const A* lay_out(const T* from, int n, A* buffer) const {
+  INLINE const B* lay_out(const T* from, int n, B* buffer) const {
     const int64_t stride = across ? 1 : r.term_stride;
-    if constexpr (std::is_same_v<T, A>)
+    if constexpr (kDirect)
       if (stride == 1 && n == lanes) return from;
     if (stride == 1)
-      for (int l = 0; l < n; ++l) buffer[l] = A(from[l]);
+      for (int l = 0; l < n; ++l) buffer[l] = B(from[l]);
     else
-      for (int l = 0; l < n; ++l) buffer[l] = A(from[l * stride]);
-    std::fill(buffer + n, buffer + lanes, A(-0.0f));
+      for (int l = 0; l < n; ++l) buffer[l] = B(from[l * stride]);
+    std::fill(buffer + n, buffer + lanes, B(-0.0f));
     return buffer;
   }
 
@@ -579,7 +664,7 @@ struct ExactSum {
     torch::stable::parallel_for(0, tasks * cut.pieces, cut.grain, [&](int64_t first, int64_t last) {
       const std::unique_ptr<Lanes<A>> lanes(new Lanes<A>);
       if (!across && !sums) {   // an output a task: kSide of them are rounded side by side
-        Side side = {};
+        Place side = {};
         int waiting = 0;
         for (int64_t job = first; job < last; ++job) {
           Running sum;
