@@ -82,7 +82,8 @@ def random_terms(n, generator, dtype):
         first = torch.randint(2 ** (bits - 1), 2 ** bits, (1,), generator=generator).double()
         x[:3] = torch.cat([first, torch.tensor([0.5, 0.0]).double()])[:n]
         if n > 2:
-            x[-1] = (int(torch.randint(3, (), generator=generator)) - 1) * 2.0 ** max(least // 2, -500)
+            little = int(torch.randint(10, min(500, -least // 2) + 1, (), generator=generator))
+            x[-1] = (int(torch.randint(3, (), generator=generator)) - 1) * 2.0 ** -little
         x *= 2 * int(torch.randint(2, (), generator=generator)) - 1
     else:                                                   # few different values, zeros of both signs among them
         x = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0 ** least, 1.5])[torch.randint(6, (n,), generator=generator)].double()

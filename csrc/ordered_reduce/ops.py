@@ -218,8 +218,8 @@ def index_add(input, dim, index, source, *, order="fixed", splits=8, seed=0, ste
                            f"got input {list(input.shape)}, index {list(index.shape)}, source {list(source.shape)}, "
                            f"dim {dim}")
     rows, index = input.shape[dim], index.reshape(-1).long().contiguous()
-    # A compiled program cannot raise for a value, and a captured one cannot look at it: there the kernels check. So does
-    # the CPU's.
+    # A compiled program cannot raise for a value, and a captured one cannot look at it: there the kernels check, as the
+    # CPU's always does.
     if index.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
         _check_range(index, dim, rows)
     moved = input.movedim(dim, 0)
@@ -239,7 +239,8 @@ def index_add(input, dim, index, source, *, order="fixed", splits=8, seed=0, ste
 def _check_range(index, dim, rows):
     for extreme in torch.stack(index.aminmax()).tolist() if index.numel() else ():
         if not 0 <= extreme < rows:
-            raise IndexError(f"index_add(): index {extreme} is out of range for dimension {dim} with size {rows}") from None
+            raise IndexError(f"index_add(): index {extreme} is out of range for dimension {dim} with size "
+                             f"{rows}") from None
 
 
 _index_add = torch.ops.ordered_reduce.index_add.default
