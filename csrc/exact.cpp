@@ -26,7 +26,7 @@ constexpr int kVectors = 2;               // of four doubles
 constexpr int64_t kBytes = 2048;          // of neighbouring outputs that are read side by side
 constexpr int kRowsOfBlock = 128;         // whose sum a double holds with little error
 constexpr int64_t kBrief = kWidth * kRowsOfBlock;   // terms of an output that are added up at once
-constexpr int kRowsAtOnce = 32;           // of doubles of one output that lie side by side
+constexpr int kRowsAtOnce = 32;           // of one output whose terms lie side by side
 constexpr int kStreams = 8;               // rows that are read together
 constexpr int kSide = 32;                 // sums that are rounded side by side
 constexpr int kTies = 32;                 // bfloat16s up to which a tie is likely
@@ -40,7 +40,9 @@ typedef int32_t Words __attribute__((vector_size(32)));
 typedef double FourDoubles __attribute__((vector_size(32), aligned(8), may_alias));
 typedef float FourFloats __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t EightWords __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t FourWords __attribute__((vector_size(16), aligned(2), may_alias));
 typedef uint16_t EightHalves __attribute__((vector_size(16), aligned(2), may_alias));
+typedef uint16_t FourHalves __attribute__((vector_size(8), aligned(2), may_alias));
 
 INLINE Doubles load(const double* x) { return *reinterpret_cast<const FourDoubles*>(x); }
 INLINE Doubles to_doubles(FourFloats x) { return Doubles{x[0], x[1], x[2], x[3]}; }   // one instruction of GCC 12's
@@ -71,8 +73,7 @@ INLINE void add_eight(const BFloat16* x, Doubles& lower, Doubles& upper) {
 // In any order, which takes less.
 INLINE void add_any_eight(const float* x, Doubles& one, Doubles& two) { add_eight(x, one, two); }
 INLINE void add_any_eight(const BFloat16* x, Doubles& one, Doubles& two) {
-  typedef int32_t FourPairs __attribute__((vector_size(16), aligned(2), may_alias));
-  const FourPairs pairs = *reinterpret_cast<const FourPairs*>(x);
+  const FourWords pairs = *reinterpret_cast<const FourWords*>(x);
   one += to_doubles(FourFloats(pairs << 16)), two += to_doubles(FourFloats(pairs & int32_t(0xFFFF0000)));
 }
 
@@ -273,7 +274,7 @@ struct Lanes {
 template <class T>
 struct Rounding {
   using A = typename AccType<T>::type;
-  static constexpr bool kHalf = !std::is_same_v<T, A>, kBrain = std::is_same_v<T, BFloat16>;
+  static constexpr bool kBrain = std::is_same_v<T, BFloat16>;
   static constexpr int kDigits = kBrain ? 8 : 11, kLeast = kBrain ? 0 : 127 - 14;   // the least exponent of T
   double share;   // of the largest term, that the sum may be off by
   int room;       // between the exponents of the largest and the least term of a half type's exact sum
@@ -294,9 +295,7 @@ struct Rounding {
     double most, sum = sums.hi[i];
     if constexpr (std::is_same_v<A, float>) most = double(std::bit_cast<float>(sums.most[i]));
     else most = std::bit_cast<double>((int64_t{sums.most[i]} + 1) << 32);
-    const double rest = add_to(sum, sums.lo[i]);
-    double bound = most * share;
-    if (kHalf && (sums.most[i] >> 23) - std::max(sums.least[i], kLeast) <= room) bound = 0;   // as below
+    const double rest = add_to(sum, sums.lo[i]), bound = most * share;
     return {sum + (rest - bound), sum + (rest + bound)};
   }
 
@@ -314,8 +313,6 @@ struct Rounding {
     } else {   // to nearest, ties to even, in the bits of a double: right where T is not subnormal
       constexpr int kCut = 53 - kDigits;
       constexpr double kNormal = kBrain ? 0x1p-126 : 0x1p-14;
-      typedef int32_t FourWords __attribute__((vector_size(16), may_alias));
-      typedef uint16_t FourHalves __attribute__((vector_size(8), aligned(2), may_alias));
       float rounded[kSide];
       const auto cut = [](Doubles x) __attribute__((always_inline)) {
         typedef uint64_t Raw __attribute__((vector_size(32)));
@@ -463,21 +460,22 @@ struct ExactSum {
     sums.clear(vectors);
     for (int64_t row = 0; row < rows;) {
       const int64_t left = std::min(kRowsOfBlock - row % kRowsOfBlock, rows - row);
-      if constexpr (kDirect)
-        if (straight && !across && left >= kRowsAtOnce && begin + (row + kRowsAtOnce) * per_row <= end &&
-            sums.add_at_once(first + begin + row * per_row)) {
-          row += kRowsAtOnce;
-          if (row % kRowsOfBlock == 0 || row == rows) sums.end_block(vectors, row <= kRowsOfBlock);
-          continue;
-        }
-      const int some = left >= kStreams ? kStreams : 1;
       const int64_t t = begin + row * per_row;
+      int some = left >= kStreams ? kStreams : 1;
+      const auto add_at_once = [&]() __attribute__((always_inline)) {
+        if constexpr (kDirect)
+          return straight && !across && left >= kRowsAtOnce && t + kRowsAtOnce * lanes <= end &&
+                 sums.add_at_once(first + t);
+        return false;
+      };
       const auto add = [&](const auto& at) __attribute__((always_inline)) {
         if (some == 1) sums.template add<1, true>(at, vectors);
         else if (r.terms > kTies) sums.template add<kStreams, false>(at, vectors);
         else sums.template add<kStreams, true>(at, vectors);
       };
-      if (straight && (across ? outputs == lanes : t + some * lanes <= end)) {
+      if (add_at_once()) {
+        some = kRowsAtOnce;
+      } else if (straight && (across ? outputs == lanes : t + some * lanes <= end)) {
         const T* at[kStreams];
         for (int k = 0; k < some; ++k) at[k] = first + t * r.term_stride + k * step;
         if constexpr (kDirect) add(at);

@@ -185,8 +185,13 @@ Tensor index_add(const Tensor& input, const Tensor& index, const Tensor& source,
   Reduction r = ordered(order, per_output, seed, step, op, input);
   const int64_t size = input.size(0), n = index.numel();
   STD_TORCH_CHECK(input.dim() == 2 && source.dim() == 2 && source.size(0) == n && source.size(1) == input.size(1) &&
+                  (segments ? segments->numel() == size + 1 + n : !input.is_cuda()) &&
                   input.scalar_type() == source.scalar_type() && splits >= 1,
                   "index_add: shapes or dtypes do not match");
+  for (const Tensor& places : {index, segments.value_or(index)})
+    STD_TORCH_CHECK(places.scalar_type() == ScalarType::Long && places.is_contiguous() &&
+                    places.is_cuda() == input.is_cuda() && places.get_device_index() == input.get_device_index(),
+                    "index and segments must be contiguous int64 on the device of input");
   const Tensor from = torch::stable::contiguous(input), all = torch::stable::contiguous(source);
   Tensor terms = all, places = index, out = empty({size, input.size(1)}, input);
   r.outer = size, r.terms = n, r.inner = input.size(1), r.groups = splits;
@@ -200,12 +205,7 @@ Tensor index_add(const Tensor& input, const Tensor& index, const Tensor& source,
     });
   } else {
     places = segments ? *segments : ordered::segments(index, size);
-    STD_TORCH_CHECK(places.numel() == size + 1 + n, "index_add: segments do not match");
   }
-  for (const Tensor& each : {index, places})
-    STD_TORCH_CHECK(each.scalar_type() == ScalarType::Long && each.is_contiguous() &&
-                    each.is_cuda() == input.is_cuda() && each.get_device_index() == input.get_device_index(),
-                    "index and segments must be contiguous int64 on the device of input");
   if (out.numel() == 0) return out;
   const int64_t* start = static_cast<const int64_t*>(places.const_data_ptr());
   launch(r, {static_cast<const int64_t*>(index.const_data_ptr()), start, sorted ? nullptr : start + size + 1}, from, terms,

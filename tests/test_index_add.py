@@ -138,6 +138,7 @@ def test_opcheck_gradients_and_compile(device, order):
     (dict(source=torch.ones(2, 5)), RuntimeError, r"source.*\[2, 5\]"), (dict(source=torch.ones(2, 4).double()), RuntimeError, "float64"),
     (dict(index=[0, 1]), TypeError, "'index'.*list"), (dict(input=torch.ones(3, 4).long()), NotImplementedError, "input.*int64"),
     (dict(source=torch.ones(2, 4, device="meta")), RuntimeError, "meta"), (dict(order="native"), ValueError, "order.*'native'"),
+    (dict(order="shuffled", step=torch.tensor(0, device="meta")), RuntimeError, "step on meta and input on cpu"),
     (dict(splits=0), ValueError, "splits.*0"), (dict(order="shuffled", op=-1), ValueError, "op.*-1"),
 ], ids=lambda value: str(value)[:40])
 def test_errors_name_argument_and_value(arguments, error, named):

@@ -54,9 +54,10 @@ def check_tensor(function, name, x):
                            "set CUDA_HOME) and run `pip install -e csrc --force-reinstall --no-deps`")
 
 
-def order_arguments(x, order, splits, seed, step, op, scope):
-    """The order arguments of a sum of x as the operators take them. An argument more takes longer: few for fixed."""
-    key = _step(step, order, "x", x)
+def order_arguments(x, order, splits, seed, step, op, scope, name="x"):
+    """The order arguments of a sum of x, which errors call name, as the operators take them. An argument more takes
+    longer: few for fixed."""
+    key = _step(step, order, name, x)
     return (splits,) if order == "fixed" else (splits, ORDERS.index(order), scope == "output", seed, key, op)
 
 
@@ -229,9 +230,10 @@ def index_add(input, dim, index, source, *, order="fixed", splits=8, seed=0, ste
     try:
         result = call(moved.reshape(rows, width), index, source.movedim(dim, 0).reshape(index.numel(), width),
                       torch.ops.ordered_reduce.segments(index, rows) if index.is_cuda else None,
-                      *order_arguments(input, order, splits, seed, step, op, scope))
+                      *order_arguments(input, order, splits, seed, step, op, scope, "input"))
     except RuntimeError:
-        _check_range(index, dim, rows)
+        if not index.is_cuda:
+            _check_range(index, dim, rows)
         raise
     return result.reshape(moved.shape).movedim(0, dim)
 
