@@ -874,7 +874,7 @@ struct IndexAdd {
   using Acc = typename AccType<T>::type;
   const Reduction& r;
   const Segments& s;
-  const T *input, *source;
+  const T *input, *source;   // input may be out
   T* out;
   const ScalarType type;
 #if defined(__x86_64__)
@@ -893,19 +893,16 @@ struct IndexAdd {
   const T* terms(int64_t first) const { return s.position ? source : source + first; }
   INLINE const T* row(int64_t k) const { return source + (s.position ? s.position[k] : k) * r.inner; }
 
-  // The source is read in no order that a processor could foresee. (INLINE, or GCC takes a function that only prefetches
-  // for one without effect and leaves its calls out.)
-  INLINE void prefetch(int64_t first, int64_t n) const {
-    constexpr int64_t kAhead = 32, kMost = 1024;   // terms, bytes of one
-    for (int64_t k = first + kAhead; k < std::min(first + n + kAhead, r.terms); ++k)
-      for (int64_t b = 0; b < std::min<int64_t>(kMost, r.inner * sizeof(T)); b += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(row(k)) + b, 0, 2);
+  // Rows are read in no order that a processor could foresee. (INLINE, or GCC takes a function that only prefetches for
+  // one without effect and leaves its calls out.)
+  INLINE void prefetch_row(const T* row) const {
+    constexpr int64_t kMost = 1024;   // bytes
+    for (int64_t b = 0; b < std::min<int64_t>(kMost, r.inner * sizeof(T)); b += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(row) + b, 0, 2);
   }
-
-  void add_input(int64_t v) const {
-    const T* in = input + v * r.inner;
-    T* to = out + v * r.inner;
-    for (int64_t i = 0; i < r.inner; ++i) to[i] = T(Acc(in[i]) + Acc(to[i]));
+  INLINE void prefetch(int64_t first, int64_t n) const {
+    constexpr int64_t kAhead = 32;   // terms
+    for (int64_t k = first + kAhead; k < std::min(first + n + kAhead, r.terms); ++k) prefetch_row(row(k));
   }
 
   bool few(int64_t n) const { return n <= 2 * r.groups && (n <= 1 || r.order == Order::fixed); }
@@ -954,13 +951,14 @@ struct IndexAdd {
     for (; i < r.inner; ++i) to[i] = in[i];
   }
 
-  // Rows from ... to - 1 but for those of very many terms.
+  // Segments from ... to - 1 but for those of very many terms.
   INLINE void add_rows_any(int64_t from, int64_t to) const {
-    for (int64_t v = from; v < to; ++v) {
-      const int64_t first = s.start[v], n = s.start[v + 1] - first;
+    for (int64_t k = from; k < to; ++k) {
+      const int64_t v = s.row(k), first = s.start[k], n = s.start[k + 1] - first;
+      if (s.rows) prefetch_row(out + s.row(std::min(k + 8, s.count - 1)) * r.inner);
       if (!few(n)) {
         if (!hot(n)) add_row(v, first, n);
-      } else if (r.inner == 1) {
+      } else if (!s.position) {
         add_few_numbers(v, first, n);
       } else {
         n > 0 ? add_few(v, first, n) : copy(v);
@@ -972,7 +970,8 @@ struct IndexAdd {
   bool hot(int64_t n) const { return n * r.inner >= 8 * kGrain; }
 
   void add_row(int64_t v, int64_t first, int64_t n) const {
-    T* to = out + v * r.inner;
+    const T* const in = input + v * r.inner;
+    T* const to = out + v * r.inner;
     const Groups groups(n, std::min(n, r.groups));
     if (r.order == Order::fixed && groups.longest() <= kRows) {   // small: what Sum does, at less expense
       prefetch(first, n);
@@ -987,30 +986,31 @@ struct IndexAdd {
           strided_block(Terms<T>{group.x + at, group.stride, group.rows}, groups[g].size, width, leaves, partial);
           for (int i = 0; i < width; ++i) sum[i] += partial[i];
         }
-        for (int i = 0; i < width; ++i) to[at + i] = T(sum[i]);
+        for (int i = 0; i < width; ++i) to[at + i] = T(Acc(in[at + i]) + Acc(T(sum[i])));
       }
     } else {
       const Reduction part = segment(v, first, n, r.groups);
-      if (r.order == Order::exact) exact_cpu(part, type, terms(first), to);
-      else Sum<T>(part, terms(first), to).run();
+      std::vector<T> sum(r.inner);
+      if (r.order == Order::exact) exact_cpu(part, type, terms(first), sum.data());
+      else Sum<T>(part, terms(first), sum.data()).run();
+      for (int64_t i = 0; i < r.inner; ++i) to[i] = T(Acc(in[i]) + Acc(sum[i]));
     }
-    add_input(v);
   }
 
   // As in Sum::run, but the tickets are for the groups of all rows.
   void race() const {
-    std::vector<int64_t> groups(r.outer + 1, 0);   // before row v
-    for (int64_t v = 0; v < r.outer; ++v) groups[v + 1] = groups[v] + std::min(r.groups, s.start[v + 1] - s.start[v]);
-    std::unique_ptr<std::atomic<Acc>[]> sums(new std::atomic<Acc>[r.outer * r.inner]);
-    for (int64_t o = 0; o < r.outer * r.inner; ++o) sums[o].store(kNothing<Acc>, std::memory_order_relaxed);
+    std::vector<int64_t> groups(s.count + 1, 0);   // before segment k
+    for (int64_t k = 0; k < s.count; ++k) groups[k + 1] = groups[k] + std::min(r.groups, s.start[k + 1] - s.start[k]);
+    std::unique_ptr<std::atomic<Acc>[]> sums(new std::atomic<Acc>[s.count * r.inner]);
+    for (int64_t o = 0; o < s.count * r.inner; ++o) sums[o].store(kNothing<Acc>, std::memory_order_relaxed);
     std::atomic<int64_t> ticket{0};
     torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
       for (int64_t job; (job = ticket.fetch_add(1, std::memory_order_relaxed)) < groups.back();) {
-        const int64_t v = std::upper_bound(groups.begin(), groups.end(), job) - groups.begin() - 1;
-        const Group group = Groups(s.start[v + 1] - s.start[v], groups[v + 1] - groups[v])[job - groups[v]];
-        const int64_t first = s.start[v] + group.begin;
+        const int64_t k = std::upper_bound(groups.begin(), groups.end(), job) - groups.begin() - 1;
+        const Group group = Groups(s.start[k + 1] - s.start[k], groups[k + 1] - groups[k])[job - groups[k]];
+        const int64_t first = s.start[k] + group.begin;
         const auto add = [&](int64_t i, Acc term) {
-          std::atomic<Acc>& sum = sums[v * r.inner + i];
+          std::atomic<Acc>& sum = sums[k * r.inner + i];
           Acc seen = sum.load(std::memory_order_relaxed);
           while (!sum.compare_exchange_weak(seen, seen + term, std::memory_order_relaxed)) {
           }
@@ -1019,37 +1019,34 @@ struct IndexAdd {
           for (int64_t i = 0; i < r.inner; ++i) add(i, Acc(row(first)[i]));
           continue;
         }
-        const Reduction part = segment(v, first, group.size, 1);
+        const Reduction part = segment(s.row(k), first, group.size, 1);
         Sum<T>(part, terms(first), nullptr).for_each_tile([&](const auto& p, const Acc* partial) {
           for (int w = 0; w < p.width; ++w) add(p.output + w, partial[w]);
         });
       }
     });
-    for (int64_t v = 0; v < r.outer; ++v) {
-      if (s.start[v] == s.start[v + 1]) {
-        std::copy_n(input + v * r.inner, r.inner, out + v * r.inner);
-        continue;
+    for (int64_t k = 0; k < s.count; ++k)
+      for (int64_t i = 0; i < r.inner; ++i) {
+        const T in = input[s.row(k) * r.inner + i], sum = T(sums[k * r.inner + i].load(std::memory_order_relaxed));
+        out[s.row(k) * r.inner + i] = s.start[k] == s.start[k + 1] ? in : T(Acc(in) + Acc(sum));
       }
-      for (int64_t o = v * r.inner; o < (v + 1) * r.inner; ++o) out[o] = T(sums[o].load(std::memory_order_relaxed));
-      add_input(v);
-    }
   }
 
   void run() {
     if (r.order == Order::atomic) return race();
     // Rows with very many terms one after the other, each by all threads; the others shared out evenly among them.
-    for (int64_t v = 0; v < r.outer; ++v)
-      if (const int64_t first = s.start[v], n = s.start[v + 1] - first; hot(n) && !few(n)) add_row(v, first, n);
-    const auto before = [this](int64_t work) {   // the first row before which there is so much
-      int64_t low = 0, high = r.outer;
+    for (int64_t k = 0; k < s.count && hot(r.terms); ++k)
+      if (const int64_t n = s.start[k + 1] - s.start[k]; hot(n) && !few(n)) add_row(s.row(k), s.start[k], n);
+    const auto before = [this](int64_t work) {   // the first segment before which there is so much
+      int64_t low = 0, high = s.count;
       while (low < high) {
-        const int64_t v = (low + high) / 2;
-        if (s.start[v] + v < work) low = v + 1;
-        else high = v;
+        const int64_t k = (low + high) / 2;
+        if (s.start[k] + k < work) low = k + 1;
+        else high = k;
       }
       return low;
     };
-    torch::stable::parallel_for(0, r.terms + r.outer, std::max<int64_t>(1, kGrain / r.inner),
+    torch::stable::parallel_for(0, r.terms + s.count, std::max<int64_t>(1, kGrain / r.inner),
                                 [&](int64_t first, int64_t last) { add_rows(before(first), before(last)); });
   }
 };
@@ -1069,6 +1066,49 @@ void index_add_cpu(const Reduction& r, const Segments& s, const Tensor& input, c
     IndexAdd<T>{r, s, static_cast<const T*>(input.const_data_ptr()), static_cast<const T*>(source.const_data_ptr()),
                 static_cast<T*>(out.mutable_data_ptr()), input.scalar_type()}.run();
   });
+}
+
+std::pair<Tensor, Tensor> add_as_they_come_cpu(const Reduction& r, const Tensor& input, const Tensor& index,
+                                               const Tensor& source, Tensor& out) {
+  std::pair<Tensor, Tensor> left{index, source};
+  for_type(input.scalar_type(), [&]<class T>(T) {
+    using Acc = typename AccType<T>::type;
+    struct Sum {
+      Acc sum;
+      uint32_t terms;
+    };
+    const T *in = static_cast<const T*>(input.const_data_ptr()), *x = static_cast<const T*>(source.const_data_ptr());
+    const int64_t* const at = static_cast<const int64_t*>(index.const_data_ptr());
+    T* const to = static_cast<T*>(out.mutable_data_ptr());
+    const uint32_t most = uint32_t(std::min<int64_t>(r.groups, UINT32_MAX - 1));   // terms are counted up to most + 1
+    const std::unique_ptr<Sum[]> sums(new Sum[r.outer]);
+    torch::stable::parallel_for(0, r.outer, kGrain, [&](int64_t first, int64_t last) {
+      std::fill(sums.get() + first, sums.get() + last, Sum{kNothing<Acc>, 0});
+    });
+    bool any = false;
+    for (int64_t i = 0; i < r.terms; ++i) {
+      Sum& sum = sums[at[i]];
+      sum.sum += Acc(x[i]);
+      sum.terms += sum.terms <= most;
+      any |= sum.terms > most;
+    }
+    torch::stable::parallel_for(0, r.outer, kGrain, [&](int64_t first, int64_t last) {
+      for (int64_t v = first; v < last; ++v) {
+        const Sum sum = sums[v];
+        to[v] = sum.terms == 0 || sum.terms > most ? in[v] : T(Acc(in[v]) + Acc(T(sum.sum)));
+      }
+    });
+    std::vector<int64_t> where;
+    for (int64_t i = 0; any && i < r.terms; ++i)
+      if (sums[at[i]].terms > most) where.push_back(i);
+    const int64_t n = int64_t(where.size());
+    left = {torch::stable::new_empty(index, {n}), torch::stable::new_empty(source, {n})};
+    for (int64_t k = 0; k < n; ++k) {
+      static_cast<int64_t*>(left.first.mutable_data_ptr())[k] = at[where[k]];
+      static_cast<T*>(left.second.mutable_data_ptr())[k] = x[where[k]];
+    }
+  });
+  return left;
 }
 
 }  // namespace ordered

@@ -36,7 +36,7 @@ def expected_rows(input, index, source, order, splits, scope="output"):
 
 
 @pytest.mark.parametrize("order,scope", [("fixed", "output"), ("shuffled", "output"), ("shuffled", "tensor"), ("exact", "output")])
-@pytest.mark.parametrize("n,rows,width", [(50, 20, 5), (900, 3, 9), (900, 3, 1), (300, 200, 1), (700, 2, 600), (9000, 2, 33)])
+@pytest.mark.parametrize("n,rows,width", [(50, 20, 5), (900, 3, 9), (900, 3, 1), (300, 200, 1), (50, 400, 1), (50, 400, 2), (700, 2, 600), (9000, 2, 33)])
 def test_equals_the_reference(device, order, scope, n, rows, width):
     generator = torch.Generator().manual_seed(n)
     index = torch.randint(rows, (n,), generator=generator)
@@ -65,6 +65,29 @@ def test_a_row_is_the_sum_of_its_terms(device, dtype, order):
             finally:
                 torch.set_num_threads(before)
             assert same_bits(got, torch.zeros_like(expected) + expected)
+
+
+@pytest.mark.parametrize("order", ["fixed", "shuffled", "exact"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n,rows,width,hot", [
+    (3000, 20000, 3, 0), (3000, 20000, 3, 1000), (3000, 20000, 1, 1000), (40000, 200000, 8, 36000),   # few of the rows
+    (3000, 1000, 1, 0), (3000, 1000, 1, 500), (2000, 2000, 1, 2000), (2000, 2000, 1, 2),              # single numbers
+    (70003, 17, 1, 0), (70003, 17, 2, 0), (65536, 32, 2, 0), (1, 5, 1, 0)])                           # many of a row
+def test_however_the_cpu_sorts(dtype, order, n, rows, width, hot):
+    """The same bits as with an index that is sorted already, and as sum's. hot: so many terms have one index."""
+    index = torch.randint(rows, (n,), generator=torch.Generator().manual_seed(n))
+    index[torch.randperm(n, generator=torch.Generator().manual_seed(0))[:hot]] = 3
+    input, source = noise(rows, width, dtype=dtype, seed=1), noise(n, width, dtype=dtype, seed=2)
+    add = torch.ops.ordered_reduce.index_add_forward
+    arguments = (8, ordered_reduce.ops.ORDERS.index(order), True, 3, torch.tensor(5), 7)
+    got = add(input, index, source, None, *arguments)
+    if width > 1:
+        assert same_bits(got, add(input, index, source, torch.ops.ordered_reduce.segments(index, rows), *arguments))
+    there = index.unique()
+    assert same_bits(got.index_fill(0, there, 0), input.index_fill(0, there, 0))
+    for v in [3, *there[:20].tolist()] if order != "shuffled" else []:
+        if (index == v).any():
+            assert same_bits(got[v], input[v] + ordered_reduce.sum(source[index == v], 0, order=order))
 
 
 def test_one_shared_permutation_is_that_of_sum(device):
@@ -155,6 +178,15 @@ def test_compiled_programs_check_the_index_too():
     f = torch.compile(lambda i: ordered_reduce.index_add(torch.zeros(3, 4), 0, i, torch.ones(2, 4)), backend="aot_eager")
     with pytest.raises(RuntimeError, match="index out of range: 9"):
         f(torch.tensor([0, 9]))
+
+
+@pytest.mark.parametrize("n,rows,width", [(10, 100, 1), (10, 100, 2), (10, 10, 1), (10, 10, 2), (40000, 2, 1), (9, 2, 0), (9, 0, 2)])
+def test_however_the_cpu_sorts_the_index_is_checked(n, rows, width):
+    for wrong in (-1, rows, torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max):
+        index = torch.randint(max(rows, 1), (n,))
+        index[-1] = wrong
+        with pytest.raises(IndexError, match=f"index {wrong} is out of range" if rows else "out of range"):
+            ordered_reduce.index_add(torch.ones(rows, width), 0, index, torch.ones(n, width))
 
 
 @pytest.mark.parametrize("order", [*ORDERS, "native"])

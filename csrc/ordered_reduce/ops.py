@@ -223,19 +223,17 @@ def index_add(input, dim, index, source, *, order="fixed", splits=8, seed=0, ste
     # CPU's always does.
     if index.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
         _check_range(index, dim, rows)
-    moved = input.movedim(dim, 0)
-    width = moved.shape[1:].numel()
     differentiated = torch.is_grad_enabled() and (input.requires_grad or source.requires_grad)
     call = _index_add if differentiated else _index_add_forward
+    x, terms = (input, source) if dim == 0 else (input.movedim(dim, 0), source.movedim(dim, 0))
     try:
-        result = call(moved.reshape(rows, width), index, source.movedim(dim, 0).reshape(index.numel(), width),
-                      torch.ops.ordered_reduce.segments(index, rows) if index.is_cuda else None,
+        result = call(x, index, terms, torch.ops.ordered_reduce.segments(index, rows) if index.is_cuda else None,
                       *order_arguments(input, order, splits, seed, step, op, scope, "input"))
     except RuntimeError:
         if not index.is_cuda:
             _check_range(index, dim, rows)
         raise
-    return result.reshape(moved.shape).movedim(0, dim)
+    return result if dim == 0 else result.movedim(0, dim)
 
 
 def _check_range(index, dim, rows):
