@@ -16,6 +16,7 @@
 #endif
 
 #include "ops.h"
+#include "sort.h"
 
 namespace ordered {
 namespace {
@@ -868,12 +869,21 @@ struct Sum {
   }
 };
 
+// Of the rows that have terms, which rows names, where those are few, and input is out then; otherwise rows is null and
+// count the number of all rows. position is null where r.inner is 1: source is in that order already.
+struct SomeSegments : Segments {
+  int64_t count;
+  const int64_t* rows = nullptr;
+
+  int64_t row(int64_t k) const { return rows ? rows[k] : k; }
+};
+
 // Sums of the source's rows that have the same index.
 template <class T>
 struct IndexAdd {
   using Acc = typename AccType<T>::type;
   const Reduction& r;
-  const Segments& s;
+  const SomeSegments& s;
   const T *input, *source;   // input may be out
   T* out;
   const ScalarType type;
@@ -1051,25 +1061,51 @@ struct IndexAdd {
   }
 };
 
-}  // namespace
-
-void sum_cpu(const Reduction& r, const Tensor& x, Tensor& out) {
-  if (r.order == Order::exact) return exact_cpu(r, x.scalar_type(), x.const_data_ptr(), out.mutable_data_ptr());
-  for_type(x.scalar_type(), [&]<class T>(T) {
-    Sum<T>(r, static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr())).run();
-  });
-}
-
-void index_add_cpu(const Reduction& r, const Segments& s, const Tensor& input, const Tensor& source, Tensor& out) {
-  STD_TORCH_CHECK(!s.position || r.inner > 1, "index_add: the CPU sorts single numbers itself");
+// s says where the terms of each row are.
+void add_segments(const Reduction& r, const SomeSegments& s, const Tensor& input, const Tensor& source, Tensor& out) {
+  STD_TORCH_CHECK(!s.position || r.inner > 1, "index_add: single numbers must be sorted themselves");
   for_type(input.scalar_type(), [&]<class T>(T) {
     IndexAdd<T>{r, s, static_cast<const T*>(input.const_data_ptr()), static_cast<const T*>(source.const_data_ptr()),
                 static_cast<T*>(out.mutable_data_ptr()), input.scalar_type()}.run();
   });
 }
 
-std::pair<Tensor, Tensor> add_as_they_come_cpu(const Reduction& r, const Tensor& input, const Tensor& index,
-                                               const Tensor& source, Tensor& out) {
+// input may be out.
+void add_sorted(Reduction r, const Tensor& input, const Tensor& index, const Tensor& source, Tensor& out) {
+  const int64_t size = r.outer, n = r.terms = index.numel();
+  SomeSegments s{{static_cast<const int64_t*>(index.const_data_ptr()), nullptr, nullptr}, size};
+  const bool few = n < size / 4;   // most rows have no terms
+  Tensor places = torch::stable::new_empty(index, {few ? 3 * n + 1 : size + 1 + (r.inner > 1 ? n : 0)});
+  Tensor terms = source, from = input;
+  int64_t* const numbers = static_cast<int64_t*>(places.mutable_data_ptr());
+  if (few) {
+    s.rows = numbers, s.start = numbers + n, s.position = numbers + 2 * n + 1;
+    s.count = sort_few(s.index, n, size, numbers, numbers + n, numbers + 2 * n + 1);
+    if (out.const_data_ptr() != input.const_data_ptr()) torch::stable::copy_(out, input);
+    from = out;
+  } else if (r.inner > 1) {
+    sort(s.index, n, size, numbers, [](int64_t i) { return i; }, numbers + size + 1);
+    s.start = numbers, s.position = numbers + size + 1;
+  }
+  if (r.inner == 1) {   // terms side by side are added faster
+    terms = torch::stable::new_empty(source, {n});
+    for_type(source.scalar_type(), [&]<class T>(T) {
+      const T* const x = static_cast<const T*>(source.const_data_ptr());
+      T* const to = static_cast<T*>(terms.mutable_data_ptr());
+      if (few)
+        for (int64_t k = 0; k < n; ++k) to[k] = x[s.position[k]];
+      else
+        sort(s.index, n, size, numbers, [x](int64_t i) { return x[i]; }, to), s.start = numbers;
+    });
+    s.position = nullptr;
+  }
+  add_segments(r, s, from, terms, out);
+}
+
+// Rows of one number in fixed order, which needs no sorting where no row has more terms than groups. What the others
+// have is returned, index and source, and out is input there.
+std::pair<Tensor, Tensor> add_as_they_come(const Reduction& r, const Tensor& input, const Tensor& index,
+                                           const Tensor& source, Tensor& out) {
   std::pair<Tensor, Tensor> left{index, source};
   for_type(input.scalar_type(), [&]<class T>(T) {
     using Acc = typename AccType<T>::type;
@@ -1109,6 +1145,29 @@ std::pair<Tensor, Tensor> add_as_they_come_cpu(const Reduction& r, const Tensor&
     }
   });
   return left;
+}
+
+}  // namespace
+
+void sum_cpu(const Reduction& r, const Tensor& x, Tensor& out) {
+  if (r.order == Order::exact) return exact_cpu(r, x.scalar_type(), x.const_data_ptr(), out.mutable_data_ptr());
+  for_type(x.scalar_type(), [&]<class T>(T) {
+    Sum<T>(r, static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr())).run();
+  });
+}
+
+void index_add_cpu(const Reduction& r, const Tensor& input, const Tensor& index, const Tensor& source,
+                   const Tensor* segments, Tensor& out) {
+  if (segments) {
+    const int64_t* const start = static_cast<const int64_t*>(segments->const_data_ptr());
+    add_segments(r, {{static_cast<const int64_t*>(index.const_data_ptr()), start, start + r.outer + 1}, r.outer}, input,
+                 source, out);
+  } else if (r.inner == 1 && r.order == Order::fixed && 2 * r.terms / r.outer <= r.groups) {
+    const auto [index_left, source_left] = add_as_they_come(r, input, index, source, out);
+    if (index_left.numel() > 0) add_sorted(r, out, index_left, source_left, out);
+  } else {
+    add_sorted(r, input, index, source, out);
+  }
 }
 
 }  // namespace ordered

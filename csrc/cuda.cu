@@ -800,8 +800,11 @@ void sum_cuda(const Reduction& r, const Tensor& x, Tensor& out) {
   for_type(x.scalar_type(), [&]<class T>(T) { Sum<T>{r, x, out, stream_of(x)}.run(); });
 }
 
-void index_add_cuda(const Reduction& r, const Segments& s, const Tensor& input, const Tensor& source, Tensor& out) {
+void index_add_cuda(const Reduction& r, const Tensor& input, const Tensor& index, const Tensor& source,
+                    const Tensor* segments, Tensor& out) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const int64_t* const start = static_cast<const int64_t*>(segments->const_data_ptr());
+  const Segments s{static_cast<const int64_t*>(index.const_data_ptr()), start, start + r.outer + 1};
   for_type(input.scalar_type(), [&]<class T>(T) { index_add<T>(r, s, input, source, out, stream_of(input)); });
 }
 

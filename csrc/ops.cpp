@@ -6,10 +6,10 @@
 
 #include <algorithm>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "ops.h"
+#include "sort.h"
 
 namespace ordered {
 namespace {
@@ -141,61 +141,6 @@ Tensor sum_by_tickets(const Tensor& x, int64_t dims, bool keepdim, int64_t split
   return reduce(launch, r, x, dims, keepdim, splits, &tickets);
 }
 
-// Throws where index has a value outside of 0 ... size - 1. A sign tells, which needs no branch for each.
-void check_range(const int64_t* index, int64_t n, int64_t size) {
-  uint64_t signs = 0;
-  for (int64_t i = 0; i < n; ++i) signs |= uint64_t(index[i]) | (uint64_t(size) - 1 - uint64_t(index[i]));
-  for (int64_t i = 0; int64_t(signs) < 0 && i < n; ++i)
-    STD_TORCH_CHECK(0 <= index[i] && index[i] < size, "index out of range: ", index[i]);
-}
-
-// Sorts 0 ... n - 1, i by index[i] in [0, size), by counting: those with value v get the places start[v] ...
-// start[v + 1] - 1, in order. to[place] is item(i).
-template <class Count, class Item, class To>
-void sort_by(const int64_t* index, int64_t n, int64_t size, int64_t* start, const Item& item, To* to) {
-  std::vector<Count> next(size);
-  for (int64_t i = 0; i < n; ++i) ++next[index[i]];
-  for (int64_t v = 0, before = 0; v < size; ++v) start[v] = before, before += std::exchange(next[v], Count(before));
-  for (int64_t i = 0; i < n; ++i) to[next[index[i]]++] = To(item(i));
-  start[size] = n;
-}
-
-constexpr int64_t kPieces = 32, kRun = 64;   // pieces of an index; the terms that a value has in each, where it is frequent
-
-// The same by several threads, for frequent values. A thread reads several pieces together, each of which has counts of
-// its own, since the next count of one value has to wait for the last.
-template <class Item, class To>
-void sort_frequent(const int64_t* index, int64_t n, int64_t size, int64_t* start, const Item& item, To* to) {
-  constexpr int64_t kTogether = 4, kLine = 64 / sizeof(int64_t);
-  const int64_t length = n / kPieces / 64 * 64 - 16;   // a power of two would have all pieces share the sets of a cache
-  const int64_t pitch = (size + kLine - 1) / kLine * kLine;
-  std::vector<int64_t> next(kPieces * pitch);
-  const auto for_all = [=, counts = next.data()](const auto& use) {
-    torch::stable::parallel_for(0, kPieces / kTogether, 1, [=](int64_t first, int64_t last) {
-      for (int64_t piece = first * kTogether; piece < last * kTogether; piece += kTogether)
-        for (int64_t i = piece * length; i < (piece + 1) * length; ++i)
-          for (int64_t p = 0; p < kTogether; ++p) use(i + p * length, counts + (piece + p) * pitch);
-    });
-    for (int64_t i = kPieces * length; i < n; ++i) use(i, counts + (kPieces - 1) * pitch);
-  };
-  for_all([=](int64_t i, int64_t* count) { ++count[index[i]]; });
-  start[0] = 0;
-  for (int64_t v = 0; v < size; ++v) {
-    start[v + 1] = start[v];
-    for (int64_t piece = 0; piece < kPieces; ++piece)
-      start[v + 1] += std::exchange(next[piece * pitch + v], start[v + 1]);
-  }
-  for_all([=](int64_t i, int64_t* count) { to[count[index[i]]++] = To(item(i)); });
-}
-
-template <class Item, class To>
-void sort(const int64_t* index, int64_t n, int64_t size, int64_t* start, const Item& item, To* to) {
-  constexpr int64_t kMany = 1 << 15;
-  if (n >= std::max(kMany, kRun * kPieces * size)) sort_frequent(index, n, size, start, item, to);
-  else if (n < int64_t{1} << 32) sort_by<uint32_t>(index, n, size, start, item, to);   // more counts fit into the cache
-  else sort_by<int64_t>(index, n, size, start, item, to);
-}
-
 // start[0 ... size], then position[0 ... n - 1]: where v stands in index, in order, is position[start[v]] ...
 // position[start[v + 1] - 1].
 Tensor segments(const Tensor& index, int64_t size) {
@@ -208,59 +153,8 @@ Tensor segments(const Tensor& index, int64_t size) {
   return result;
 }
 
-// The same for few terms: see Segments, of which rows, start and position are filled in, with up to n, n + 1 and n
-// numbers. Returns the number of rows.
-int64_t few_segments(const int64_t* index, int64_t n, int64_t size, int64_t* rows, int64_t* start, int64_t* position) {
-  constexpr int kDigit = 11;   // bits by which they are sorted, the lowest first
-  std::vector<int64_t> key(n), before(n), places((1 << kDigit) + 1);
-  for (int64_t i = 0; i < n; ++i) position[i] = i;
-  for (int shift = 0; shift == 0 || (size - 1) >> shift > 0; shift += kDigit) {
-    before.assign(position, position + n);
-    for (int64_t i = 0; i < n; ++i) key[i] = index[before[i]] >> shift & ((1 << kDigit) - 1);
-    sort(key.data(), n, 1 << kDigit, places.data(), [from = before.data()](int64_t i) { return from[i]; }, position);
-  }
-  int64_t count = 0;
-  for (int64_t k = 0; k < n; ++k)
-    if (const int64_t v = index[position[k]]; k == 0 || v != rows[count - 1]) rows[count] = v, start[count++] = k;
-  start[count] = n;
-  return count;
-}
+using AddLaunch = void (*)(const Reduction&, const Tensor&, const Tensor&, const Tensor&, const Tensor*, Tensor&);
 
-using AddLaunch = void (*)(const Reduction&, const Segments&, const Tensor&, const Tensor&, Tensor&);
-
-// Sorts the index as the CPU wants it and launches. input may be out.
-template <AddLaunch launch>
-void add_sorted(Reduction r, const Tensor& input, const Tensor& index, const Tensor& source, Tensor& out) {
-  const int64_t size = r.outer, n = r.terms = index.numel();
-  Segments s{static_cast<const int64_t*>(index.const_data_ptr()), nullptr, nullptr, size};
-  const bool few = n < size / 4;   // most rows have no terms
-  Tensor places = empty({few ? 3 * n + 1 : size + 1}, index), terms = source, from = input;
-  int64_t* const numbers = static_cast<int64_t*>(places.mutable_data_ptr());
-  if (few) {
-    s.rows = numbers, s.start = numbers + n, s.position = numbers + 2 * n + 1;
-    s.count = few_segments(s.index, n, size, numbers, numbers + n, numbers + 2 * n + 1);
-    if (out.const_data_ptr() != input.const_data_ptr()) torch::stable::copy_(out, input);
-    from = out;
-  } else if (r.inner > 1) {
-    places = segments(index, size);
-    s.start = static_cast<const int64_t*>(places.const_data_ptr()), s.position = s.start + size + 1;
-  }
-  if (r.inner == 1) {   // terms side by side are added faster
-    terms = empty({n}, source);
-    for_type(source.scalar_type(), [&]<class T>(T) {
-      const T* const x = static_cast<const T*>(source.const_data_ptr());
-      T* const to = static_cast<T*>(terms.mutable_data_ptr());
-      if (few)
-        for (int64_t k = 0; k < n; ++k) to[k] = x[s.position[k]];
-      else
-        sort(s.index, n, size, numbers, [x](int64_t i) { return x[i]; }, to), s.start = numbers;
-    });
-    s.position = nullptr;
-  }
-  launch(r, s, from, terms, out);
-}
-
-// Without segments, which CUDA needs, the index is sorted here.
 template <AddLaunch launch>
 Tensor index_add(const Tensor& input, const Tensor& index, const Tensor& source, const std::optional<Tensor>& segments,
                  int64_t splits, int64_t order, bool per_output, int64_t seed, const std::optional<Tensor>& step,
@@ -283,18 +177,9 @@ Tensor index_add(const Tensor& input, const Tensor& index, const Tensor& source,
                     "index and segments must be contiguous int64 on the device of input");
   const Tensor from = torch::stable::contiguous(input), terms = torch::stable::contiguous(source);
   Tensor out = empty(sizes, input);
-  const int64_t* const at = static_cast<const int64_t*>(index.const_data_ptr());
-  if (!input.is_cuda()) check_range(at, n, size);
+  if (!input.is_cuda()) check_range(static_cast<const int64_t*>(index.const_data_ptr()), n, size);
   if (out.numel() == 0) return out;
-  if (segments) {
-    const int64_t* const start = static_cast<const int64_t*>(segments->const_data_ptr());
-    launch(r, {at, start, start + size + 1, size}, from, terms, out);
-  } else if (r.inner == 1 && r.order == Order::fixed && 2 * n <= splits * size) {   // few rows have more than `splits`
-    const auto [index_left, terms_left] = add_as_they_come_cpu(r, from, index, terms, out);
-    if (index_left.numel() > 0) add_sorted<launch>(r, out, index_left, terms_left, out);
-  } else {
-    add_sorted<launch>(r, from, index, terms, out);
-  }
+  launch(r, from, index, terms, segments ? &*segments : nullptr, out);
   return out;
 }
 

@@ -8,7 +8,6 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <optional>
-#include <utility>
 
 #include "order.h"
 
@@ -48,23 +47,16 @@ void exact_cpu(const Reduction& r, ScalarType type, const void* x, void* out);
 
 // out[v] = input[v] + the reduction of source[position[start[v]]] ... source[position[start[v + 1] - 1]]; all of these
 // are rows of r.inner numbers one after the other. r.outer is the number of v, r.terms that of source's rows, r.groups
-// the splits asked for. index[position[k]] is v. On the CPU alone: input may be out; position is null where r.inner is 1,
-// since source is in that order already; and rows may name the v that have terms, where input is out: then start is that
-// of rows[0], rows[1], ..., rows[count - 1], otherwise count is r.outer.
+// the splits asked for. index[position[k]] is v.
 struct Segments {
   const int64_t *index, *start, *position;
-  int64_t count;
-  const int64_t* rows = nullptr;
-
-  int64_t row(int64_t k) const { return rows ? rows[k] : k; }
 };
-void index_add_cpu(const Reduction& r, const Segments& s, const Tensor& input, const Tensor& source, Tensor& out);
-void index_add_cuda(const Reduction& r, const Segments& s, const Tensor& input, const Tensor& source, Tensor& out);
 
-// The same of rows of one number in fixed order, which needs no sorting where no row has more terms than groups. What
-// the others have is returned, index and source, and out is input there.
-std::pair<Tensor, Tensor> add_as_they_come_cpu(const Reduction& r, const Tensor& input, const Tensor& index,
-                                               const Tensor& source, Tensor& out);
+// All contiguous. segments: start and position, one after the other, which the CPU finds itself where it is null.
+void index_add_cpu(const Reduction& r, const Tensor& input, const Tensor& index, const Tensor& source,
+                   const Tensor* segments, Tensor& out);
+void index_add_cuda(const Reduction& r, const Tensor& input, const Tensor& index, const Tensor& source,
+                    const Tensor* segments, Tensor& out);
 
 // The operator `sum` of tensors on the CPU.
 Tensor sum_on_cpu(const Tensor& x, int64_t dims, bool keepdim, int64_t splits, int64_t order, bool per_output,
