@@ -479,8 +479,9 @@ struct Sum {
     // Several rows of 256 bytes or more at a time come from memory at a third of its rate. (Half types gain even so.)
     beside = contiguous && r.terms <= kTransposed && groups.longest() < kLanes &&
              (sizeof(T) == 2 || bytes < 256 || bytes * r.outputs() <= kCached);
-    at_once = contiguous && !beside && groups.longest() > 8 && groups.longest() <= kChunk && r.groups <= kFew &&
-              (r.outputs() >= enough || r.outputs() * r.terms < 2 * kGrain) &&
+    const bool even = std::is_same_v<T, Acc> && (r.terms == r.groups * 8 || r.terms == r.groups * 16);
+    at_once = contiguous && (even || (!beside && groups.longest() > 8)) && groups.longest() <= kChunk &&
+              r.groups <= kFew && (r.outputs() >= enough || r.outputs() * r.terms < 2 * kGrain) &&
               (r.order == Order::fixed || (r.order == Order::shuffled && !r.per_output));
     std::iota(order.begin(), order.end(), 0);
     if (r.order == Order::shuffled && !r.per_output) shuffle(order.data(), int(r.groups), 1, key, 0);
@@ -544,35 +545,41 @@ struct Sum {
     }
   }
 
-  // sums[g - first] of one output's groups of at most ROWS * kLanes contiguous terms, all of just so many if FULL; of
-  // any up to kChunk if ROWS is 0.
-  template <int ROWS, bool FULL>
+  // sums[g - first] of one output's groups of at most TERMS contiguous terms, all of just so many if FULL (below kLanes
+  // they must be), of any up to kChunk if TERMS is 0.
+  template <int TERMS, bool FULL>
   INLINE void some_groups(const T* x, int64_t first, int64_t last, Acc* sums) const {
     using Ones = Halving<Acc>;
     const Groups groups = this->groups;   // a copy, which no store can change
     x += groups[first].begin;
     const auto next = [&](int64_t g) __attribute__((always_inline)) {
-      const int64_t n = FULL ? ROWS * kLanes : groups[g].size;
+      constexpr int kRowsOf = TERMS / kLanes;
+      const int64_t n = FULL ? TERMS : groups[g].size;
       const T* terms = x;
       x += n;
       const bool more = g + 1 < r.groups;
-      if constexpr (ROWS == 0) {
+      if constexpr (TERMS == 0) {
         alignas(64) Acc waiting[kLevels + 1][kLanes];
         return Ones::to_vector(contiguous_blocks(terms, n, waiting));
+      } else if constexpr (TERMS < kLanes) {
+        const auto v = reinterpret_cast<const typename Ones::Vector*>(terms);
+        if constexpr (TERMS == kWide) return v[0];
+        else if constexpr (TERMS == 2 * kWide) return v[0] + v[1];
+        else return (v[0] + v[2]) + (v[1] + v[3]);
       } else if constexpr (std::is_same_v<T, float>) {   // all lanes fit into the registers
-        return with_rows<ROWS>(terms, n, more, [](const auto& row) __attribute__((always_inline)) {
+        return with_rows<kRowsOf>(terms, n, more, [](const auto& row) __attribute__((always_inline)) {
           Part<T> sum;
-          sum.template add_rows<ROWS>(row);
+          sum.template add_rows<kRowsOf>(row);
           return Ones::to_vector(sum);
         });
       } else {
         alignas(64) Acc lanes[kLanes];
-        contiguous_rows<ROWS>(terms, n, lanes, more);
+        contiguous_rows<kRowsOf>(terms, n, lanes, more);
         return Ones::to_vector(lanes);
       }
     };
     int64_t g = first;
-    for (; (FULL || ROWS == 0) && g + kWide <= last; g += kWide, sums += kWide) {
+    for (; (FULL || TERMS == 0) && g + kWide <= last; g += kWide, sums += kWide) {
       typename Ones::Vector pairs[kWide / 2];
       for (int i = 0; i < kWide / 2; ++i) {
         const typename Ones::Vector left = next(g + 2 * i);
@@ -584,31 +591,35 @@ struct Sum {
     for (; g < last; ++g) *sums++ = Ones::to_one(next(g));
   }
 
-  // Calls use(ROWS, FULL) as the groups' lengths want it.
+  // Calls use(TERMS, FULL) as the groups' lengths want it.
   template <class Use>
   INLINE void by_length(const Use& use) const {
-    const auto call = [&](auto rows) __attribute__((always_inline)) {
+    const auto call = [&](auto terms) __attribute__((always_inline)) {
       constexpr bool kFull = std::is_same_v<T, Acc>;   // others are converted first, which takes longer
-      if (r.terms == r.groups * rows() * kLanes) use(rows, std::bool_constant<kFull>());
-      else use(rows, std::false_type());
+      if (r.terms == r.groups * terms()) use(terms, std::bool_constant<kFull>());
+      else use(terms, std::false_type());
     };
-    if (groups.longest() <= 1 * kLanes) call(std::integral_constant<int, 1>());
-    else if (groups.longest() <= 2 * kLanes) call(std::integral_constant<int, 2>());
-    else if (groups.longest() <= 4 * kLanes) call(std::integral_constant<int, 4>());
-    else if (groups.longest() <= 8 * kLanes) call(std::integral_constant<int, 8>());
+    if constexpr (std::is_same_v<T, Acc>) {
+      if (r.terms == r.groups * 8) return use(std::integral_constant<int, 8>(), std::true_type());
+      if (r.terms == r.groups * 16) return use(std::integral_constant<int, 16>(), std::true_type());
+    }
+    if (groups.longest() <= 1 * kLanes) call(std::integral_constant<int, 1 * kLanes>());
+    else if (groups.longest() <= 2 * kLanes) call(std::integral_constant<int, 2 * kLanes>());
+    else if (groups.longest() <= 4 * kLanes) call(std::integral_constant<int, 4 * kLanes>());
+    else if (groups.longest() <= 8 * kLanes) call(std::integral_constant<int, 8 * kLanes>());
     else use(std::integral_constant<int, 0>(), std::false_type());
   }
 
   // The outputs first ... last - 1 of such groups, if at_once.
   INLINE void add_at_once_any(int64_t first, int64_t last) const {
-    by_length([&](auto rows, auto full) __attribute__((always_inline)) {
+    by_length([&](auto most, auto full) __attribute__((always_inline)) {
       alignas(64) Acc sums[kFew];
       const int64_t groups = r.groups, inner = r.inner, stride = r.outer_stride;   // here no store can change them
       const int32_t* const by = order.data();
       const T* const x = this->x;
       T* const out = this->out;
       for (int64_t output = first; output < last; ++output) {
-        some_groups<rows(), full()>(inner == 1 ? x + output * stride : terms_of(output), 0, groups, sums);
+        some_groups<most(), full()>(inner == 1 ? x + output * stride : terms_of(output), 0, groups, sums);
         Acc sum = sums[by[0]];
         for (int64_t g = 1; g < groups; ++g) sum += sums[by[g]];
         out[output] = T(sum);
@@ -617,7 +628,7 @@ struct Sum {
   }
 
   // partial[g * kSide + output] for such groups of the outputs of one tile from `done` on.
-  template <int ROWS, bool FULL>
+  template <int TERMS, bool FULL>
   INLINE void some_partials(const Place& p, int done, Acc* partial) const {
     constexpr int kMost = 64;   // groups at a time
     alignas(64) Acc sums[kWide][kMost];
@@ -627,7 +638,7 @@ struct Sum {
       const int64_t last = std::min(p.last, first + kMost);
       for (int w = done; w < p.width; w += kWide) {
         const int outputs = std::min(kWide, p.width - w);
-        for (int i = 0; i < outputs; ++i) some_groups<ROWS, FULL>(terms_of(p.output + w + i), first, last, sums[i]);
+        for (int i = 0; i < outputs; ++i) some_groups<TERMS, FULL>(terms_of(p.output + w + i), first, last, sums[i]);
         Acc* const to = partial + first * kSide + w;
         if (outputs == kWide) transpose(row, last - first, to);
         else
@@ -660,8 +671,8 @@ struct Sum {
       }
     }
     if (groups.longest() > 8 && groups.longest() <= kChunk)
-      return by_length([&](auto rows, auto full) __attribute__((always_inline)) {
-        some_partials<rows(), full()>(p, done, partial);
+      return by_length([&](auto most, auto full) __attribute__((always_inline)) {
+        some_partials<most(), full()>(p, done, partial);
       });
     for (int w = done; w < p.width; ++w) {
       const T* terms = terms_of(p.output + w);
@@ -906,7 +917,7 @@ struct IndexAdd {
   // Rows are read in no order that a processor could foresee. (INLINE, or GCC takes a function that only prefetches for
   // one without effect and leaves its calls out.)
   INLINE void prefetch_row(const T* row) const {
-    constexpr int64_t kMost = 1024;   // bytes
+    constexpr int64_t kMost = 512;   // bytes, after which the processor foresees the rest
     for (int64_t b = 0; b < std::min<int64_t>(kMost, r.inner * sizeof(T)); b += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(row) + b, 0, 2);
   }
