@@ -1120,7 +1120,7 @@ std::pair<Tensor, Tensor> add_as_they_come(const Reduction& r, const Tensor& inp
   std::pair<Tensor, Tensor> left{index, source};
   for_type(input.scalar_type(), [&]<class T>(T) {
     using Acc = typename AccType<T>::type;
-    struct Sum {
+    struct Row {
       Acc sum;
       uint32_t terms;
     };
@@ -1128,26 +1128,26 @@ std::pair<Tensor, Tensor> add_as_they_come(const Reduction& r, const Tensor& inp
     const int64_t* const at = static_cast<const int64_t*>(index.const_data_ptr());
     T* const to = static_cast<T*>(out.mutable_data_ptr());
     const uint32_t most = uint32_t(std::min<int64_t>(r.groups, UINT32_MAX - 1));   // terms are counted up to most + 1
-    const std::unique_ptr<Sum[]> sums(new Sum[r.outer]);
+    const std::unique_ptr<Row[]> rows(new Row[r.outer]);
     torch::stable::parallel_for(0, r.outer, kGrain, [&](int64_t first, int64_t last) {
-      std::fill(sums.get() + first, sums.get() + last, Sum{kNothing<Acc>, 0});
+      std::fill(rows.get() + first, rows.get() + last, Row{kNothing<Acc>, 0});
     });
     bool any = false;
     for (int64_t i = 0; i < r.terms; ++i) {
-      Sum& sum = sums[at[i]];
-      sum.sum += Acc(x[i]);
-      sum.terms += sum.terms <= most;
-      any |= sum.terms > most;
+      Row& row = rows[at[i]];
+      row.sum += Acc(x[i]);
+      row.terms += row.terms <= most;
+      any |= row.terms > most;
     }
     torch::stable::parallel_for(0, r.outer, kGrain, [&](int64_t first, int64_t last) {
       for (int64_t v = first; v < last; ++v) {
-        const Sum sum = sums[v];
-        to[v] = sum.terms == 0 || sum.terms > most ? in[v] : T(Acc(in[v]) + Acc(T(sum.sum)));
+        const Row row = rows[v];
+        to[v] = row.terms == 0 || row.terms > most ? in[v] : T(Acc(in[v]) + Acc(T(row.sum)));
       }
     });
     std::vector<int64_t> where;
     for (int64_t i = 0; any && i < r.terms; ++i)
-      if (sums[at[i]].terms > most) where.push_back(i);
+      if (rows[at[i]].terms > most) where.push_back(i);
     const int64_t n = int64_t(where.size());
     left = {torch::stable::new_empty(index, {n}), torch::stable::new_empty(source, {n})};
     for (int64_t k = 0; k < n; ++k) {
