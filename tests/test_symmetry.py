@@ -147,7 +147,8 @@ def test_noise_parts_the_channels_and_repeats(convert, p):
     quiet = train({}, "--steps", 8)
     assert rows[0] == quiet[0]                       # the same batches and weights at the start
     if "steps" in convert:
-        assert rows[:3] == quiet[:3]                 # (momentum may carry on what a weight's rounding hid at first)
+        assert rows[:3] == quiet[:3] and rows[4][1] > 0   # or a step later: momentum keeps what a weight's rounding hides
+        assert any(train(convert, "--steps", 4, seed=seed)[3][1] > 0 for seed in range(3))
 
 
 def test_the_seed_is_the_noises_too():
