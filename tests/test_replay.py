@@ -8,6 +8,7 @@ import ordered_reduce
 import pytest
 import reference
 import torch
+from conftest import GPU
 from ordered_reduce import tape
 from test_sum import DTYPES, noise, same_bits
 
@@ -87,6 +88,16 @@ def test_a_tape_is_obeyed(device, path):
         with ordered_reduce.record(path):      # and those that it draws
             total = arrival(x, 1, splits)
         assert same_bits(total, by_tickets(rows, sums(path)[0][1]).view(outer, inner))
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_tape_of_a_cuda_run_replays_on_the_cpu(path, dtype):
+    x = noise(300, 2000, dtype=dtype)
+    with ordered_reduce.record(path):
+        total = arrival(x.cuda(), splits=64)
+    with ordered_reduce.replay(path):
+        assert same_bits(arrival(x, splits=64), total)
 
 
 def test_hardware_really_races(path):
