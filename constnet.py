@@ -124,6 +124,10 @@ def parse_arguments(argv, more=()):
                      help="of convolutions and products: fp32; tf32 (CUDA); bf16 (autocast). Weights are float32; "
                           "default: fp32")
 
+    how.add_argument("--graph", action=argparse.BooleanOptionalAction,
+                     help="capture the gradient of a batch as one CUDA graph, whose kernels are launched together: a "
+                          "small network is bound by their launches; default: on a GPU, unless --compile, --shards or "
+                          "several processes on one arm")
     how.add_argument("--compile", action="store_true",
                      help="torch.compile the network: faster on a GPU after a minute or more; other bits than without")
     how.add_argument("--shards", type=int, default=0, metavar="S",
@@ -155,9 +159,10 @@ def parse_arguments(argv, more=()):
 
     group = parser.add_argument_group("studies: one of them, several arms each")
     study = group.add_mutually_exclusive_group()
-    study.add_argument("--table1", action="store_true",
+    study.add_argument("--table1", type=int, nargs="*", metavar="ROW",
                        help="the eight rows of Table 1, with all orders fixed, the ninth of its footnote (all "
-                            "constant, no dropout, atomic) and ours, the same shuffled")
+                            "constant, no dropout, atomic) and ours, the same shuffled; or these rows alone, to which "
+                            "--resume can add others")
     study.add_argument("--figure2", nargs=2, metavar="DATASET",
                        help="Constnet and the standard initialisation, dropout 0.01, on two data sets")
     study.add_argument("--leakynet-study", action="store_true", help="the authors' seven choices of --layer-init")
@@ -202,6 +207,9 @@ def check_arguments(args):
     need(len(set(args.prox)) == len(args.prox), "--prox", args.prox, "different values")
     need(all(0 < keep < 1 for keep in args.prune or ()), "--prune", args.prune, "shares in (0, 1)")
     need(args.rewind >= 0 and (args.rewind == 0 or args.prune), "--rewind", args.rewind, "at least 0, with --prune")
+    rows = args.table1 or []
+    need(all(1 <= row <= len(TABLE_1) for row in rows) and len(set(rows)) == len(rows), "--table1", rows,
+         f"different rows from 1 to {len(TABLE_1)}")
     need(args.cutout >= 0, "--cutout", args.cutout, "at least 0")
     for dataset in args.figure2 or ():
         need(dataset in common.DATASETS, "--figure2", dataset, f"two of {', '.join(common.DATASETS)}")
@@ -222,13 +230,17 @@ def check_arguments(args):
     if args.order_steps is not None:
         need(0 <= args.order_steps[0] < args.order_steps[1], "--order-steps", args.order_steps,
              "FIRST END with 0 <= FIRST < END: the window would be empty")
+    plain = device.type == "cuda" and not args.compile and not args.shards and processes == 1
+    args.graph = plain if args.graph is None else args.graph
+    need(plain or not args.graph, "--graph", "on", "left out but on a GPU, and with --compile, --shards or several "
+         "processes on one arm")
     need(args.precision != "tf32" or device.type == "cuda", "--precision", "tf32", "fp32 or bf16 on the CPU")
 
 
 def study_of(args):
     """The name of the study, or "" for a plain run."""
     studies = ("table1", "figure2", "leakynet_study", "prune", "signal")
-    return next((name for name in studies if getattr(args, name)), "")
+    return next((name for name in studies if getattr(args, name) not in (None, False)), "")
 
 
 # -------------------------------------------------------------------------------------------------------- the networks
@@ -621,6 +633,40 @@ def add_shards(model, add_gradient, shards, rank, processes):
     return loss.view(())
 
 
+class Graph:
+    """The gradient of a batch as a CUDA graph: a call copies its arguments to where the captured kernels read them,
+    launches all of these at once, and gives the parameters the gradients that they have written.
+
+    f(chosen, share) adds the gradient of these images to the parameters' and returns the loss.
+    """
+
+    def __init__(self, f, model, chosen):
+        self.chosen, self.share = chosen.clone(), chosen.new_ones((), dtype=torch.float32)
+        before = [buffer.clone() for buffer in model.buffers()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):   # what libraries do at a first call cannot be captured
+            for _ in range(2):
+                f(self.chosen, self.share)
+        torch.cuda.current_stream().wait_stream(stream)
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
+        for parameter in model.parameters():
+            parameter.grad = None         # so that the captured kernels write the gradients and do not add to them
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = f(self.chosen, self.share)
+        self.gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+
+    def __call__(self, chosen, share):
+        self.chosen.copy_(chosen)
+        self.share.fill_(share)
+        self.graph.replay()
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+        return self.loss.clone()
+
+
 def train(args, name, seed, data, out):
     """One arm; args.order and args.prox are its own. Continues from its checkpoint in out where there is one.
 
@@ -680,6 +726,7 @@ def train(args, name, seed, data, out):
                      "nonzero": share_not_zero(weights)})
         symmetry.measure(rows[-1])
     policy.load_state_dict({"step": step})
+    policy.to(device if args.graph else "cpu")
     if args.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     forward = model if processes == 1 or args.shards else nn.parallel.DistributedDataParallel(model)
@@ -702,16 +749,13 @@ def train(args, name, seed, data, out):
             state = {key: tensor.cpu() for key, tensor in model.state_dict().items()}
             common.save_atomically(path, lambda temporary: torch.save(state, temporary))
 
-    def add_gradient(chosen, purpose):
-        """Adds the gradient of the loss of these images to the parameters'; returns the loss."""
-        if args.augment or args.mixup or args.dropout or args.cutout:
-            torch.manual_seed(draw(seed, step, purpose))
+    def add_gradient(chosen, share):
+        """Adds the gradient of the loss of these images to the parameters'; returns the loss. share: mixup's."""
         x, y = images[chosen], labels[chosen]
         x = normalise(augment(x) if args.augment else x)
         x = cutout(x, args.cutout) if args.cutout else x
         with autocast():
             if args.mixup:
-                share = float(torch.distributions.Beta(args.mixup, args.mixup).sample())
                 other = torch.randperm(len(y), device=device)
                 logits = forward(share * x + (1 - share) * x[other]).float()
                 loss = share * F.cross_entropy(logits, y) + (1 - share) * F.cross_entropy(logits, y[other])
@@ -720,6 +764,17 @@ def train(args, name, seed, data, out):
                 loss = F.cross_entropy(logits, y)
         loss.backward()
         return loss.detach()
+
+    graphs = {}
+
+    def gradient(chosen, purpose):
+        """add_gradient with the random numbers of this step, as a graph or without."""
+        add = add_gradient
+        if args.graph:   # a graph holds one order
+            add = graphs[policy.now] = graphs.get(policy.now) or Graph(add_gradient, model, chosen)
+        if args.augment or args.mixup or args.dropout or args.cutout:
+            torch.manual_seed(draw(seed, step, purpose))
+        return add(chosen, float(torch.distributions.Beta(args.mixup, args.mixup).sample()) if args.mixup else 1.0)
 
     started = saved = time.perf_counter()
     data_order, diverged = None, False
@@ -737,9 +792,9 @@ def train(args, name, seed, data, out):
             group["lr"] = learning_rate(args, step, steps_per_epoch)
         optimizer.zero_grad()
         if args.shards:
-            loss = add_shards(model, add_gradient, chosen.split(batch // args.shards), rank, processes)
+            loss = add_shards(model, gradient, chosen.split(batch // args.shards), rank, processes)
         else:
-            loss = add_gradient(chosen.chunk(processes)[rank], f"step {rank}" if rank else "step")
+            loss = gradient(chosen.chunk(processes)[rank], f"step {rank}" if rank else "step")
             if processes > 1:
                 torch.distributed.all_reduce(loss)
                 loss /= processes
@@ -809,9 +864,10 @@ def arms(args, argv):
         own = {"order": args.order[0], "prox": args.prox[0], "mask": None}
         return argparse.Namespace(**{**vars(args), **own, **other})
 
-    if args.table1:
+    if args.table1 is not None:
         return {f"row{number}": arm(init=init, dropout=dropout, order=order)
-                for number, (init, dropout, order, _) in enumerate(TABLE_1, start=1)}
+                for number, (init, dropout, order, _) in enumerate(TABLE_1, start=1)
+                if not args.table1 or number in args.table1}
     if args.leakynet_study:
         return {letters: arm(arch="leakynet", layer_init=letters) for letters in LEAKYNETS}
     if args.figure2:   # with the defaults of each data set
@@ -1035,7 +1091,7 @@ def report(directory):
         common.fail(f"argument --plot-only: {directory} holds no finished run ({error})")
     draw_figure(rows, summary, directory / "constnet.png")
     print_table(summary)
-    if arguments.get("table1"):
+    if arguments.get("table1") not in (None, False):   # older runs say True
         write_table_1(summary, directory)
     if arguments.get("figure2"):
         draw_figure_2(rows, arguments["figure2"], directory / "figure2.png")
@@ -1077,7 +1133,7 @@ def main(argv=None):
             common.need(fnmatch.filter(names, pattern), "--freeze", repr(pattern), f"a pattern of {', '.join(names)}")
 
     study = study_of(args)
-    out = common.start_run(args, f"runs/constnet/{args.dataset}{study and '-' + study}")
+    out = common.start_run(args, f"runs/constnet/{args.dataset}{study and '-' + study}", may_differ=("table1",))
     try:
         if args.signal:
             found = common.work({f"{name}-{seed}": (arm, name, seed, load(arm.dataset))

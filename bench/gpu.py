@@ -1,7 +1,8 @@
 """One command for a machine with a CUDA device: builds the extension, runs the CUDA tests and compute-sanitizer over
 small cases, and measures, all in one run, `sum` against a device-to-device copy, exact against fixed order, index_add
 against PyTorch's two, the ordered layers against the matrix rate and native's, a Constnet step of every order against
-native's, images per second at width 10; and trains the README's first command.
+native's (as a CUDA graph, which is how constnet.py trains, and kernel by kernel), images per second at width 10; and
+trains the README's first command.
 
     python bench/gpu.py [--out results/gpu]        # 8 minutes at most: what comes too late is skipped
     python bench/gpu.py --only training compiled   # what was skipped; the step under torch.compile, some minutes more
@@ -61,8 +62,9 @@ def build():
 def tests():
     if not importlib.util.find_spec("hypothesis"):
         return {"skipped": "hypothesis is not installed"}
-    status, lines = shell(sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=line", "--maxfail=30", "tests",
-                          "-k", "cuda and not cuda_on_cpu", seconds=200)
+    several = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+    status, lines = shell(sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=line", "--maxfail=30", *several,
+                          "tests", "-k", "cuda and not cuda_on_cpu", seconds=200)
     return {"exit_status": status, "last_lines": lines}
 
 
@@ -89,7 +91,7 @@ def sanitizer():
     return found
 
 
-def median_seconds(f, seconds=1.0):
+def median_seconds(f, seconds=0.4):
     """Median over runs of f, each timed alone between two synchronisations."""
     times = []
     for _ in range(3):
@@ -210,19 +212,34 @@ def network(width, precision, device, batch, size):
     return policy, step, model
 
 
+def captured(step):
+    """step as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def steps(device, widths=(1, 10), batch=128, size=32):
     """A Constnet training step, and what it makes in images per second."""
     rows = []
     for width in widths:
         for precision in ("fp32", "tf32", "bf16"):
-            policy, step, _ = network(width, precision, device, batch, size)
-            native = None
-            for order in ("native", "fixed", "shuffled", "atomic"):
-                policy.order = policy.now = order
-                ours = median_seconds(step, 2.0)
-                native = native or ours
-                rows.append({"what": f"step {order}, width {width}, batch {batch}, {precision}",
-                             "times_native": ours / native, "images_per_second": batch / ours})
+            for how in ("graph", "kernel by kernel"):
+                native = None
+                for order in ("native", "fixed", "shuffled", "atomic"):
+                    policy, step, _ = network(width, precision, device, batch, size)
+                    policy.order = policy.now = order
+                    policy.to(device)
+                    ours = median_seconds(captured(step) if how == "graph" else step, 0.6)
+                    native = native or ours
+                    rows.append({"what": f"step {order}, width {width}, batch {batch}, {precision}, {how}",
+                                 "times_native": ours / native, "images_per_second": batch / ours})
     return rows
 
 
@@ -236,7 +253,7 @@ def compiled(device, width=10, batch=128, size=32):
         forward, started = torch.compile(model), time.perf_counter()
         step(forward)
         first = time.perf_counter() - started
-        ours = median_seconds(lambda: step(forward), 2.0)
+        ours = median_seconds(lambda: step(forward), 1.0)
         native = native or ours
         rows.append({"what": f"compiled step {order}, width {width}, batch {batch}, bf16",
                      "times_native": ours / native, "images_per_second": batch / ours, "seconds_to_compile": first})

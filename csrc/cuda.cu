@@ -4,6 +4,7 @@
 //               up to kPiece rows of a group -> its 32 lane sums. Lane sums are rows of 32 themselves, so the
 //               same kernel sums the lane sums of the pieces until one piece is left: the rest of the same tree.
 //   combine     the partial sums of the groups, one after the other or shuffled, one thread an output.
+//   add_apart   the same for partial sums that came in tensors of their own.
 //   race        the same partial sums with atomicAdd, one thread a (group, output).
 //   arrive      fetches the same partial sums, one block a (group, stretch of outputs), and takes a ticket when done.
 //   short_sums  groups of at most 32 contiguous terms, one thread each.
@@ -205,6 +206,31 @@ __device__ void load_rows(const P* p, int64_t n, int64_t stride, Acc* v) {
   for (int k = 0; k < kRows; ++k) v[k] = k < n ? Acc(p[k * stride]) : Acc(-0.0f);
 }
 
+// shuffle() of the last n = kRows - first numbers of v. All stay in registers, since no place in v is computed.
+template <class Acc>
+__device__ void shuffle_few(Acc* v, int first, Key key, uint64_t output) {
+  uint32_t c[kRows];
+#pragma unroll
+  for (int draw = 0; draw < kRows; draw += 4) {
+    if (draw >= kRows - 1 - first) continue;
+    c[draw] = uint32_t(output), c[draw + 1] = uint32_t(output >> 32 & 0xFFFFu) | uint32_t(draw / 4) << 16;
+    c[draw + 2] = key.step, c[draw + 3] = key.op;
+    philox4x32_10(c + draw, uint32_t(key.seed), uint32_t(key.seed >> 32));
+  }
+#pragma unroll
+  for (int last = kRows - 1; last > 0; --last) {
+    if (last <= first) continue;
+    const int other = first + int(uint64_t{c[kRows - 1 - last]} * uint64_t(last - first + 1) >> 32);
+    const Acc kept = v[last];
+#pragma unroll
+    for (int k = 0; k < last; ++k) {
+      if (k != other) continue;
+      v[last] = v[k];
+      v[k] = kept;
+    }
+  }
+}
+
 template <class P, class T, class Acc>
 __global__ void combine(Partials r, P* partial, T* out, bool shuffled, bool per_output, Key key,
                         const int64_t* device_step, const int32_t* tickets) {
@@ -217,6 +243,14 @@ __global__ void combine(Partials r, P* partial, T* out, bool shuffled, bool per_
     if (tickets) {
       const int32_t* by = tickets + o / kStretch * r.groups;
       for (int64_t g = 0; g < r.groups; ++g) sum = sum + Acc(p[by[g] * r.group_stride]);
+    } else if (shuffled && r.groups <= kRows) {
+      const int first = kRows - int(r.groups);
+      Acc v[kRows];
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) v[k] = k < first ? Acc(-0.0f) : Acc(p[(k - first) * r.group_stride]);
+      shuffle_few(v, first, key, drawn_for);
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) sum = sum + v[k];
     } else if (shuffled && r.groups <= kShuffled) {
       Acc v[kShuffled];
       for (int g = 0; g < r.groups; g += kRows) load_rows(p + g * r.group_stride, r.groups - g, r.group_stride, v + g);
@@ -233,6 +267,67 @@ __global__ void combine(Partials r, P* partial, T* out, bool shuffled, bool per_
       }
     }
     out[o] = T(sum);
+  }
+}
+
+template <class P, int N>
+struct alignas(N * sizeof(P)) Vector {
+  P at[N];
+};
+
+// N neighbouring numbers of the last axis to a thread.
+template <int N, class P, class Acc, class T>
+__global__ void add_apart(Apart p, int groups, uint32_t count, T* out, bool shuffled, bool per_output, Key key,
+                          const int64_t* device_step) {
+  if (device_step) key.step = uint32_t(*device_step);
+  const int first = kRows - groups;              // where group 0 stands in v, if all have a place there
+  const int64_t apart = p.out_stride[Apart::kAxes - 1];
+  for (int64_t job = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; job < count / N;
+       job += int64_t(gridDim.x) * blockDim.x) {
+    uint32_t left = uint32_t(job) * N;
+    int64_t in = 0, o = 0;
+#pragma unroll
+    for (int a = Apart::kAxes - 1; a >= 0; --a) {
+      const uint32_t before = a ? left / uint32_t(p.size[a]) : 0, here = left - before * uint32_t(p.size[a]);
+      in += here * p.stride[a], o += here * p.out_stride[a], left = before;
+    }
+    const auto load = [&](int g) { return *reinterpret_cast<const Vector<P, N>*>(static_cast<const P*>(p.data[g]) + in); };
+    const auto drawn_for = [&](int e) { return per_output ? uint64_t(o + e * apart) : 0; };
+    Acc sum[N];
+#pragma unroll
+    for (int e = 0; e < N; ++e) sum[e] = Acc(-0.0f);
+    if (groups <= kRows) {
+      Acc v[N][kRows];
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) {
+        Vector<P, N> given;
+        if (k >= first) given = load(k - first);
+#pragma unroll
+        for (int e = 0; e < N; ++e) v[e][k] = k < first ? Acc(-0.0f) : Acc(given.at[e]);
+      }
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        if (shuffled) shuffle_few(v[e], first, key, drawn_for(e));
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) sum[e] = sum[e] + v[e][k];
+      }
+    } else if (shuffled) {
+      for (int e = 0; e < N; ++e) {
+        Acc v[kShuffled];
+        for (int g = 0; g < groups; ++g) v[g] = Acc(static_cast<const P*>(p.data[g])[in + e]);
+        shuffle(v, groups, 1, key, drawn_for(e));
+        for (int g = 0; g < groups; ++g) sum[e] = sum[e] + v[g];
+      }
+    } else {
+#pragma unroll 8
+      for (int g = 0; g < groups; ++g) {
+        const Vector<P, N> given = load(g);
+#pragma unroll
+        for (int e = 0; e < N; ++e) sum[e] = sum[e] + Acc(given.at[e]);
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < N; ++e) out[o + e * apart] = T(sum[e]);
   }
 }
 
@@ -798,6 +893,35 @@ cudaStream_t stream_of(const Tensor& x) {
 void sum_cuda(const Reduction& r, const Tensor& x, Tensor& out) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   for_type(x.scalar_type(), [&]<class T>(T) { Sum<T>{r, x, out, stream_of(x)}.run(); });
+}
+
+void add_partials_cuda(const Reduction& r, const Apart& p, ScalarType type, Tensor& out) {
+  static_assert(Apart::kMost <= kShuffled);
+  const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
+  cudaStream_t stream = stream_of(out);
+  constexpr int threads = 256, last = Apart::kAxes - 1;
+  const Key key{r.seed, r.step, r.op};
+  const auto launch = [&]<class P, class T>(P, T) {
+    using Acc = typename AccType<T>::type;
+    constexpr int N = sizeof(P) == 8 ? 2 : 4;
+    bool aligned = p.stride[last] == 1 && p.size[last] % N == 0;
+    for (int a = 0; a < last; ++a) aligned &= p.stride[a] % N == 0;
+    for (int64_t g = 0; g < r.groups; ++g) aligned &= reinterpret_cast<uintptr_t>(p.data[g]) % (N * sizeof(P)) == 0;
+    const uint32_t count = uint32_t(r.outer);
+    T* result = static_cast<T*>(out.mutable_data_ptr());
+    const bool shuffled = r.order == Order::shuffled;
+    if (aligned)
+      add_apart<N, P, Acc, T><<<grid((count / N + threads - 1) / threads), threads, 0, stream>>>(
+          p, int(r.groups), count, result, shuffled, r.per_output, key, r.device_step);
+    else
+      add_apart<1, P, Acc, T><<<grid((count + threads - 1) / threads), threads, 0, stream>>>(
+          p, int(r.groups), count, result, shuffled, r.per_output, key, r.device_step);
+    check(cudaGetLastError());
+  };
+  for_type(type, [&]<class P>(P some) {
+    if (out.scalar_type() == type) return launch(some, some);
+    if constexpr (sizeof(P) == 2) launch(some, float());
+  });
 }
 
 void index_add_cuda(const Reduction& r, const Tensor& input, const Tensor& index, const Tensor& source,

@@ -183,6 +183,54 @@ Tensor index_add(const Tensor& input, const Tensor& index, const Tensor& source,
   return out;
 }
 
+// sum(stack(partials).to(like.dtype), 0) with a group each, in fixed order or shuffled.
+template <void (*launch)(const Reduction&, const Apart&, ScalarType, Tensor&)>
+Tensor add_partials(const std::vector<Tensor>& partials, const Tensor& like, bool shuffled, bool per_output,
+                    int64_t seed, const std::optional<Tensor>& step, int64_t op) {
+  STD_TORCH_CHECK(1 <= partials.size() && partials.size() <= size_t(Apart::kMost), "add_partials: from 1 to ",
+                  Apart::kMost, " partial sums, got ", partials.size());
+  const Tensor& first = partials[0];
+  const ScalarType type = first.scalar_type();
+  STD_TORCH_CHECK(first.dim() <= Apart::kAxes && first.numel() < int64_t{1} << 31 &&
+                      (like.scalar_type() == type || (first.element_size() == 2 && like.scalar_type() == ScalarType::Float)),
+                  "add_partials: too many dimensions or elements, or a dtype that like's cannot come of");
+  Reduction r = ordered(shuffled, per_output, seed, step, op, first);   // fixed is order 0, shuffled 1
+  r.outer = first.numel(), r.inner = 1, r.groups = int64_t(partials.size());
+  struct Both {
+    int64_t size, stride, out_stride;
+  };
+  std::vector<Both> axes;
+  std::vector<int64_t> sizes(first.dim());
+  for (int64_t d = first.dim(), stride = 1; d-- > 0; stride *= first.size(d))
+    axes.push_back({sizes[d] = first.size(d), first.stride(d), stride});
+  std::stable_sort(axes.begin(), axes.end(), [](const Both& a, const Both& b) { return a.stride < b.stride; });
+  Apart apart;
+  int a = Apart::kAxes;
+  for (const Both& axis : axes) {            // those that go on where the last one ends are one
+    if (axis.size == 1) continue;
+    if (a < Apart::kAxes && axis.stride == apart.size[a] * apart.stride[a] &&
+        axis.out_stride == apart.size[a] * apart.out_stride[a]) {
+      apart.size[a] *= axis.size;
+      continue;
+    }
+    --a;
+    apart.size[a] = axis.size, apart.stride[a] = axis.stride, apart.out_stride[a] = axis.out_stride;
+  }
+  while (a-- > 0) apart.size[a] = 1, apart.stride[a] = apart.out_stride[a] = 0;
+  for (size_t g = 0; g < partials.size(); ++g) {
+    const Tensor& partial = partials[g];
+    bool alike = partial.dim() == first.dim() && partial.scalar_type() == type && partial.is_cuda() == like.is_cuda() &&
+                 partial.get_device_index() == like.get_device_index();
+    for (int64_t d = 0; alike && d < first.dim(); ++d)
+      alike = partial.size(d) == first.size(d) && (partial.size(d) == 1 || partial.stride(d) == first.stride(d));
+    STD_TORCH_CHECK(alike, "add_partials: partial sums must be alike in shape, strides and dtype, and on like's device");
+    apart.data[g] = partial.const_data_ptr();
+  }
+  Tensor out = empty(sizes, like);
+  if (out.numel()) launch(r, apart, type, out);
+  return out;
+}
+
 bool cuda_built() {
 #ifdef ORDERED_CUDA
   return true;
@@ -211,6 +259,8 @@ STABLE_TORCH_LIBRARY(ordered_reduce, m) {
   m.def("index_add_forward(Tensor input, Tensor index, Tensor source, Tensor? segments, int splits, int order=0,"
         " bool per_output=True, int seed=0, Tensor? step=None, int op=0) -> Tensor");   // as sum_forward
   m.def("sum_by_tickets(Tensor x, int dims, bool keepdim, int splits, bool take, Tensor(a!) tickets) -> Tensor");
+  m.def("add_partials(Tensor[] partials, Tensor like, bool shuffled=False, bool per_output=True, int seed=0,"
+        " Tensor? step=None, int op=0) -> Tensor");   // on CUDA alone
   m.def("conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation,"
         " int groups, int splits) -> Tensor");   // conv.cpp; on the CPU alone
   m.def("conv2d_backward(Tensor grad, Tensor x, Tensor weight, int[] conv, bool of_x, int splits, int order=0,"
@@ -238,5 +288,6 @@ STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CUDA, m) {
   m.impl("index_add", TORCH_BOX(&ordered::index_add<ordered::index_add_cuda>));
   m.impl("index_add_forward", TORCH_BOX(&ordered::index_add<ordered::index_add_cuda>));
   m.impl("sum_by_tickets", TORCH_BOX(&ordered::sum_by_tickets<ordered::sum_cuda>));
+  m.impl("add_partials", TORCH_BOX(&ordered::add_partials<ordered::add_partials_cuda>));
 }
 #endif

@@ -58,6 +58,18 @@ void index_add_cpu(const Reduction& r, const Tensor& input, const Tensor& index,
 void index_add_cuda(const Reduction& r, const Tensor& input, const Tensor& index, const Tensor& source,
                     const Tensor* segments, Tensor& out);
 
+// Partial sums of one shape and layout, each in memory of its own. Walking there, the last axis first, one comes by
+// size[a] numbers along axis a, stride[a] apart, which belong out_stride[a] apart in the sum. The first axes may be of size 1.
+struct Apart {
+  static constexpr int kMost = 64, kAxes = 4;
+  const void* data[kMost];
+  int64_t size[kAxes], stride[kAxes], out_stride[kAxes];
+};
+
+// out (contiguous, not empty, of the dtype of the partial sums, or float for those of half types) = the r.groups partial
+// sums, fixed or shuffled.
+void add_partials_cuda(const Reduction& r, const Apart& partials, ScalarType type, Tensor& out);
+
 // The operator `sum` of tensors on the CPU.
 Tensor sum_on_cpu(const Tensor& x, int64_t dims, bool keepdim, int64_t splits, int64_t order, bool per_output,
                   int64_t seed, const std::optional<Tensor>& step, int64_t op);

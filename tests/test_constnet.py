@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import GPU, ROOT
 from torch import nn
 
 import constnet
@@ -360,6 +360,39 @@ def test_a_study_is_shared_out_and_writes_its_table(tmp_path, run):
     assert hashes[0] == hashes[1] and len(hashes[0]) == 9
 
 
+def test_rows_of_table_1_are_joined(tmp_path, run):
+    arguments = (*QUICK, "--device", "cpu", "--blocks", 3, "--out", tmp_path / "a")
+    times = set()
+    for rows, more in (((8, 1), ()), ((3, 8, 1), ("--resume",))):
+        done = run("constnet.py", *arguments, "--table1", *rows, *more)
+        assert done.returncode == 0, done.stderr
+        times.add((tmp_path / "a" / "done" / "row8-0.json").stat().st_mtime_ns)
+        table = (tmp_path / "a" / "table1.md").read_text().splitlines()
+        assert [line.split()[1] for line in table[2:] if line.startswith("|")] == [str(row) for row in sorted(rows)]
+    assert len(times) == 1
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("order", ["fixed", "shuffled"])
+def test_a_cuda_graph_trains_to_the_bits_of_its_kernels_alone(tmp_path, run, order):
+    """Random images, dropout and a window of the order, which needs two graphs, included."""
+    for name in ("--graph", "--no-graph"):
+        done = run("constnet.py", *QUICK, "--order", order, "--order-steps", 2, 5, "--augment", "--cutout", 2, "--dropout",
+                   0.1, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    (graph,), (alone,) = results(tmp_path / "--graph"), results(tmp_path / "--no-graph")
+    assert graph["weights_sha256"] == alone["weights_sha256"] and graph["train_loss"] == alone["train_loss"]
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_a_cuda_graph_mixes_images_and_repeats(tmp_path, run):
+    for name in ("a", "b"):
+        done = run("constnet.py", *QUICK, "--precision", "bf16", "--mixup", 1, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    (a,), (b,) = results(tmp_path / "a"), results(tmp_path / "b")
+    assert a["weights_sha256"] == b["weights_sha256"] and a["symmetry"]["first_broken_step"] is not None
+
+
 def test_pruned_weights_stay_zero_and_the_rest_starts_as_before(tmp_path, run):
     done = run("constnet.py", *QUICK, "--order", "fixed", "--prune", 0.2, "--rewind", 3, "--out", tmp_path / "a")
     assert done.returncode == 0, done.stderr
@@ -458,6 +491,7 @@ def test_shards_add_up_to_the_batch():
 
 BAD = [
     (("--dataset", "mnits"), "--dataset.*mnits.*fashion-mnist"), (("--order", "random"), "--order.*random.*shuffled"),
+    (("--device", "cpu", "--graph"), "--graph.*on"), (("--table1", 0), "--table1.*0"),
     (("--order", "fixed", "fixed"), "--order"), (("--splits", 0), "--splits.*0"), (("--splits", 65), "--splits.*65.*64"),
     (("--dropout", 1), r"--dropout.*1\.0.*\[0, 1\)"), (("--dropout", -0.1), "--dropout"), (("--init", "abx"), "--init.*a, b, c, d"),
     (("--order-steps", 5, 5), "--order-steps.*5, 5.*empty"), (("--order-layers", "conv9"), "--order-layers.*conv9.*stem"),

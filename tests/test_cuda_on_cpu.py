@@ -33,6 +33,8 @@ def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
     (folder / "cuda.cpp").write_text(on_cpu((CSRC / "cuda.cu").read_text()))
     library = (CSRC / "ops.cpp").read_text().replace("_cpu>", "_cuda>").replace("(ordered_reduce,", "(ordered_emulated,")
+    library = library.replace('  m.impl("segments"', '  m.impl("add_partials", TORCH_BOX(&ordered::add_partials<ordered::'
+                              'add_partials_cuda>));\n  m.impl("segments"')
     library = library.replace('#include "ops.h"', '#include "ops.h"\n#include "cuda_on_cpu.h"')
     library = library.replace('m.def("cuda_built', 'm.def("schedule(int seed) -> ()");\n  m.def("cuda_built')
     library = library.replace('m.impl("cuda_built', 'm.impl("schedule", TORCH_BOX(&cuda_on_cpu::schedule));\n'
@@ -127,6 +129,38 @@ def test_index_add_has_the_bits_of_the_cpu(emulated, rows, terms, width, dtype):
     emulated.schedule(1)
     raced = emulated.index_add(into, index, source, segments, 8, ATOMIC)
     assert torch.allclose(raced.double(), into.double().index_add(0, index, source.double()), rtol=0.1, atol=0.3)
+
+
+@pytest.mark.parametrize("of, to", [(dtype, dtype) for dtype in DTYPES] + [(torch.bfloat16, torch.float32),
+                                                                       (torch.float16, torch.float32)], ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 5, 6, 8, 9, 64])
+def test_partial_sums_of_tensors_of_their_own(emulated, groups, of, to):
+    torch.manual_seed(0)
+    like = torch.empty(0, dtype=to)
+    for shape in ((1,), (12, 10), (16, 8, 3, 3), (5, 7, 3, 3), (6, 4, 1, 1)):
+        partials = [torch.randn(shape, dtype=torch.float64).to(of) for _ in range(groups)]
+        layouts = [partials]
+        if len(shape) == 4:
+            layouts.append([partial.contiguous(memory_format=torch.channels_last) for partial in partials])
+            layouts.append([partial[1:, 1:] for partial in layouts[1]])
+        for layout in layouts:
+            stacked = torch.stack(layout).to(to)
+            for order, per_output in ((FIXED, True), (SHUFFLED, True), (SHUFFLED, False)):
+                emulated.schedule(groups)
+                assert same_bits(emulated.add_partials(layout, like, order == SHUFFLED, per_output, 5, torch.tensor(3), 2),
+                                 torch.ops.ordered_reduce.sum_forward(stacked, 1, False, groups, order, per_output, 5,
+                                                                      torch.tensor(3), 2)), (shape, order, per_output)
+
+
+def test_partial_sums_must_be_alike(emulated):
+    a, b = torch.ones(4, 4), torch.ones(4, 4)
+    for wrong in ([], [a, b.t()], [a, b[:2]], [a, b.double()], [a] * 65):
+        with pytest.raises(RuntimeError, match="add_partials"):
+            emulated.add_partials(wrong, a)
+    with pytest.raises(RuntimeError, match="add_partials"):
+        emulated.add_partials([a, b], a.double())
+    with pytest.raises(RuntimeError, match="add_partials"):
+        emulated.add_partials([a, b], a.half())
 
 
 @pytest.mark.parametrize("terms", [2048, 2049, 2055, 2056])   # groups of 256 terms, of 256 and 257, of 257

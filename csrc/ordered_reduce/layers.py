@@ -8,6 +8,7 @@ row of an embedding's gradient are the gradients of the places where its number 
 """
 
 import fnmatch
+import functools
 
 import torch
 from torch import nn
@@ -48,6 +49,41 @@ def _convolution_gradient(grad, x, weight, conv, which):
                                  [which == 0, which == 1, False])[which]
 
 
+def _repeating(f, *arguments):
+    """f(*arguments) with those of cuDNN's kernels that repeat, whatever the user chose for the rest."""
+    if torch.compiler.is_compiling():   # then the user's choice stands
+        return f(*arguments)
+    cudnn = torch.backends.cudnn
+    chosen = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        return f(*arguments)
+    finally:
+        cudnn.deterministic, cudnn.benchmark = chosen
+
+
+@functools.cache
+def _side_streams(device):
+    return [torch.cuda.Stream(device) for _ in range(3)]
+
+
+def _side_by_side(f, groups, device):
+    """[f(*group) for group in groups]. While a CUDA graph is captured they go to several streams, which costs a replay
+    nothing: a group alone does not fill a large GPU."""
+    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
+        return [f(*group) for group in groups]
+    here, found = torch.cuda.current_stream(device), []
+    streams = [here, *_side_streams(device)]
+    for stream in streams[1:]:
+        stream.wait_stream(here)
+    for number, group in enumerate(groups):
+        with torch.cuda.stream(streams[number % len(streams)]):
+            found.append(f(*group))
+    for stream in streams[1:]:   # what is allocated on them is used here, and there only after they have waited again
+        here.wait_stream(stream)
+    return found
+
+
 _cpu_weight_partials = torch.ops.ordered_reduce.conv2d_weight_partials.default
 _cpu_backward = torch.ops.ordered_reduce.conv2d_backward.default
 
@@ -81,7 +117,7 @@ class _WeightPartials(torch.autograd.Function):
 
 
 def _conv2d_weight_partials(grad, x, weight, conv, splits):
-    """(G, *weight.shape): the weight gradients of G consecutive groups of samples."""
+    """The weight gradients of G consecutive groups of samples: a tensor (G, *weight.shape) or a list of tensors."""
     if not x.is_cuda and x.shape[0]:
         compute = _WeightPartials.apply if torch.is_grad_enabled() else _cpu_weight_partials
         return compute(grad, x, weight, *conv, splits)
@@ -93,9 +129,9 @@ def _conv2d_weight_partials(grad, x, weight, conv, splits):
         grad, x = _whole(grad, 1), _whole(x, 1)
         weight = weight.new_empty(grad.shape[1], x.shape[1], *shape[2:])   # its values are not used
     G = max(1, min(splits, x.shape[0]))
-    partials = torch.stack([_convolution_gradient(g, s, weight, conv, 1)
-                            for g, s in zip(grad.tensor_split(G), x.tensor_split(G), strict=True)])
-    return partials[:, :shape[0], :shape[1]]
+    groups = list(zip(grad.tensor_split(G), x.tensor_split(G), strict=True))
+    partials = _repeating(_side_by_side, lambda g, s: _convolution_gradient(g, s, weight, conv, 1), groups, x.device)
+    return [partial[:shape[0], :shape[1]] for partial in partials]
 
 
 def _linear_weight_partials(grad, x, splits):
@@ -112,7 +148,19 @@ def _linear_weight_partials(grad, x, splits):
     return partials[:, :shape[0], :shape[1]]
 
 
+@torch.library.register_fake("ordered_reduce::add_partials")
+def _(partials, like, *_):
+    return like.new_empty(partials[0].shape)
+
+
 def _add_partials(partials, samples, weight, order, splits, seed, step, op, scope):
+    """The sum of G partial gradients, a list of tensors or one (G, ...), in the order and in weight's dtype."""
+    of, to = partials[0].dtype, weight.dtype
+    if (partials[0].is_cuda and order in ("fixed", "shuffled") and len(partials) <= 64 and not torch.is_grad_enabled()
+            and (of == to or (of.itemsize == 2 and to == torch.float32))):   # where they lie, in one kernel
+        key = order_arguments(partials[0], "shuffled", splits, seed, step, op, scope)[2:] if order == "shuffled" else ()
+        return torch.ops.ordered_reduce.add_partials(list(partials), weight, order == "shuffled", *key)
+    partials = torch.stack(partials) if isinstance(partials, list) else partials
     partials = partials.to(weight.dtype)   # half types under autocast: they are added in the weight's own precision
     if order == "arrival":                 # a tape holds the number of samples, to know another batch size by
         return arrival(partials, 1, False, splits, step, op, samples)
@@ -299,9 +347,16 @@ class Policy:
         self.load_state_dict({"step": 0})
 
     def step(self):
-        """Call after each optimizer step: the next gradients are drawn for the next step. (A CUDA graph that was
-        captured by hand knows nothing of it and repeats the draws of one step; torch.compile does not.)"""
+        """Call after each optimizer step: the next gradients are drawn for the next step. (For a CUDA graph that is
+        captured by hand, see `to`.)"""
         self.load_state_dict({"step": self.count + 1})
+
+    def to(self, device):
+        """Keeps the number of the step on this device; returns self. A captured CUDA graph reads it there at every
+        replay; with the number on the CPU it would repeat the draws of the step of its capture. (Where `now` or
+        `noise_now` changes, at the ends of `steps`, another graph is needed.)"""
+        self._step = self._step.to(device)
+        return self
 
     def state_dict(self):
         return {"step": self.count}
@@ -329,8 +384,8 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     noise or without.
 
     Parameters, names, hooks and state_dict stay as they are. A layer that is converted already follows the new policy.
-    The partial gradients are PyTorch's: on a GPU they repeat, and with them "fixed", under
-    torch.use_deterministic_algorithms(True).
+    The partial gradients are PyTorch's, on a GPU by those of cuDNN's kernels that repeat (in compiled code only under
+    torch.use_deterministic_algorithms(True), which the other operations of a GPU need in any case).
 
     Args:
       model: any nn.Module. Subclasses of these layers are left alone, for they may compute something else; so are

@@ -21,9 +21,12 @@ if not _built:
 torch.ops.load_library(_built[0])
 
 
+_cuda_built = torch.ops.ordered_reduce.cuda_built()   # asked once: torch.compile cannot trace one that gives a bool
+
+
 def cuda_built():
     """True where the CUDA kernels were compiled in."""
-    return torch.ops.ordered_reduce.cuda_built()
+    return _cuda_built
 
 
 def check_order(order, splits, seed, op, scope, orders=ORDERS):
