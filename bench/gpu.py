@@ -1,8 +1,8 @@
 """One command for a machine with a CUDA device: builds the extension, runs the CUDA tests and compute-sanitizer over
 small cases, and measures, all in one run, `sum` against a device-to-device copy, exact against fixed order, index_add
 against PyTorch's two, the ordered layers against the matrix rate and native's, a Constnet step of every order against
-native's (as a CUDA graph, which is how constnet.py trains, and kernel by kernel), images per second at width 10; and
-trains the README's first command.
+native's (as a CUDA graph, which is how constnet.py trains, and kernel by kernel), images per second at width 10, the
+MLP grid against one network after the other; and trains the README's first command.
 
     python bench/gpu.py [--out results/gpu]        # 8 minutes at most: what comes too late is skipped
     python bench/gpu.py --only training compiled   # what was skipped; the step under torch.compile, some minutes more
@@ -14,7 +14,9 @@ step fixed or shuffled at most 1.10 times native's. Exit status 2: no CUDA devic
 """
 
 import argparse
+import collections
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -28,6 +30,7 @@ import sys
 import time
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -260,6 +263,46 @@ def compiled(device, width=10, batch=128, size=32):
     return rows
 
 
+def grid(device, seeds=30, most=256):
+    """All cells of mlp_replicated.py's grid and all seeds in one training, against one after the other, per step."""
+    import mlp_replicated
+
+    widths = [str(1 << power) for power in range(4, 9) if 1 << power <= most]
+    args = mlp_replicated.parse_arguments(["--dataset", "mnist", "--steps", "60", "--device", device, "--widths",
+                                           *widths])
+    cells = mlp_replicated.grid(args)
+    (_, units), = mlp_replicated.rooms(cells, 1 << 20)
+    x = torch.randint(0, 256, (2000, 784), dtype=torch.uint8, device=device)
+    y, ticks = torch.randint(0, 10, (2000,), device=device), []
+
+    def tick(_):
+        torch.cuda.synchronize()
+        ticks.append(time.perf_counter())
+
+    mlp_replicated.train(cells, units, range(seeds), [x, y, x[:250], y[:250], 10], args, tick)
+    together = statistics.median(b - a for a, b in itertools.pairwise(ticks[11:]))
+    one_by_one, counts = 0.0, collections.Counter(width for width, *_ in cells)
+    for width, count in counts.items():
+        model = nn.Sequential(nn.Linear(784, width, bias=False), nn.ReLU(), nn.Linear(width, 10, bias=False)).to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step():
+            index = torch.randint(2000, (64,), device=device)
+            loss = F.cross_entropy(model(x[index] / 255), y[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        one_by_one += seeds * count * median_seconds(step, 0.2)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    square = torch.randn(8192, 512 if device == "cuda" else 8, device=device)
+    rate = 2 * 8192 ** 2 * square.shape[1] / median_seconds(lambda: square @ square.t())
+    operations = seeds * 64 * sum(width * (4 * 784 + 6 * 10) for width, *_ in cells)   # both ways, both layers
+    return [{"what": f"MLP grid, {seeds} seeds of {len(cells)} cells, N = 16 to {most}, batch 64, float32",
+             "times_faster": one_by_one / together, "milliseconds": together * 1e3,
+             "share_of_matrix_rate": operations / together / rate}]
+
+
 def training(out, *more):
     """The first command of the README, and whether fixed and shuffled repeat bit for bit."""
     def run(folder, *arguments):
@@ -296,7 +339,7 @@ def table(result):
     return re.sub(r"/\S+/", "", "\n".join(lines)) + "\n"   # no paths of the machine
 
 
-PARTS = (build, tests, sanitizer, sums, exact, index_adds, layers, steps, training)
+PARTS = (build, tests, sanitizer, sums, exact, index_adds, layers, steps, grid, training)
 
 
 def main():
