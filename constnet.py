@@ -39,7 +39,8 @@ from tqdm import tqdm
 import common
 
 STEPS_WATCHED = 500   # steps from the first one on of which every one gets a row in metrics.csv
-SAVE_SECONDS = 30     # within an epoch a checkpoint is written when the last one is this old
+SAVE_SECONDS = 30     # within an epoch a checkpoint is written when the last one is this old; else after it, unless
+                      # writing took more than a tenth of the time since
 
 # The paper's recipe on the CIFAR sets (mixup, weight decay and batch size are those of the code base that it builds
 # on); elsewhere one that a CPU finishes in minutes.
@@ -777,7 +778,7 @@ def train(args, name, seed, data, out):
         return add(chosen, float(torch.distributions.Beta(args.mixup, args.mixup).sample()) if args.mixup else 1.0)
 
     started = saved = time.perf_counter()
-    data_order, diverged = None, False
+    data_order, diverged, saving = None, False, 0.0   # saving: seconds that the last checkpoint took
     progress = tqdm(total=args.epochs * steps_per_epoch, initial=step, unit="step", smoothing=0.05, desc=run,
                     leave=False, disable=None if common.RANK == 0 else True)
     while step < args.epochs * steps_per_epoch and not diverged:
@@ -826,9 +827,11 @@ def train(args, name, seed, data, out):
             rows.append(row)
         else:
             symmetry.watch(step)
-        if (last_of_epoch or time.perf_counter() - saved > SAVE_SECONDS) and rank == 0:
+        now = time.perf_counter()
+        if rank == 0 and (now - saved > SAVE_SECONDS or (last_of_epoch and now - saved > 10 * saving)):
             save()
             saved = time.perf_counter()
+            saving = saved - now
     progress.close()
     symmetry.flush()
     seconds += time.perf_counter() - started
