@@ -10,8 +10,9 @@
 //   short_sums  groups of at most 32 contiguous terms, one thread each.
 //   exact_sums  the order "exact": the split and the integer of exact.h, which no order can change. exact_few: the same
 //               where an output has few terms, which doubles mostly settle.
-//   index_add   add_rows and add_exact: the rows of few terms, one thread an output; plan lists the others, whose groups
-//               group_sums (one thread a group and column) and long_sums (one block) add up first.
+//   index_add   add_rows and add_exact: the rows of few terms, one thread a pack of neighbouring columns; plan lists
+//               the others, whose groups group_sums (one thread a group and column) and long_sums (one block) add up
+//               first. In atomic order race_few does that for rows of few terms.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -532,55 +533,178 @@ constexpr int kThreads = 256;      // in a block of the kernels of index_add, bu
 constexpr int kLongThreads = 1024; // long_sums
 constexpr int kLongWarps = 16;     // and add_exact_long
 constexpr int64_t kAlone = kBlock; // most terms of a group that one thread adds up
+constexpr int kKept = 8;           // most groups of a pack that a thread keeps to shuffle them
+constexpr int kPackBytes = 16;     // what a thread reads at once, and
+constexpr int kAhead = 4;          // how often before it adds
+
+// Neighbouring columns that one thread reads, adds and writes together.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Pack {
+  T at[N];
+};
+
+template <int N, class T>
+__device__ Pack<T, N> load(const T* from) {
+  return *reinterpret_cast<const Pack<T, N>*>(from);
+}
+template <int N, class T>
+__device__ void store(T* to, const Pack<T, N>& pack) {
+  if constexpr (sizeof pack == sizeof(uint4)) {   // plainly written, the compiler stores number after number
+    uint4 words;
+    memcpy(&words, &pack, sizeof pack);
+    __stcg(reinterpret_cast<uint4*>(to), words);
+  } else {
+    *reinterpret_cast<Pack<T, N>*>(to) = pack;
+  }
+}
+
+// Sums of packs.
+template <int N, class Acc>
+struct Sums {
+  Acc at[N];
+  __device__ Sums() {
+#pragma unroll
+    for (int c = 0; c < N; ++c) at[c] = Acc(-0.0f);
+  }
+  __device__ void add(const Acc* x) {
+#pragma unroll
+    for (int c = 0; c < N; ++c) at[c] = at[c] + x[c];
+  }
+  template <class T>
+  __device__ void add_to(Pack<T, N>& row) const {
+#pragma unroll
+    for (int c = 0; c < N; ++c) row.at[c] = T(Acc(row.at[c]) + Acc(T(at[c])));
+  }
+};
+
+// Calls f(row, place), which the threads share out: x along a row, y over the rows. A row that fits into a block needs
+// no division, which would take longer than what there is to do.
+template <class F>
+__device__ void for_places(int64_t rows, int64_t places, const F& f) {
+  const bool fits = places <= blockDim.x;
+  const int64_t blocks = fits ? 1 : (places + blockDim.x - 1) / blockDim.x;
+  for (int64_t job = blockIdx.x;; job += gridDim.x) {
+    const int64_t some = fits ? job : job / blocks, v = some * blockDim.y + threadIdx.y;
+    const int64_t place = (job - some * blocks) * blockDim.x + threadIdx.x;
+    if (some * blockDim.y >= rows) break;
+    if (v < rows && place < places) f(v, place);
+  }
+}
+
+// Calls take(g, sum) for one group after the other of n terms at a pack of columns; no group has more than MOST terms.
+// Groups of AHEAD terms together, or every other term of one group, are in flight together.
+template <int MOST, int AHEAD, int N, class Acc, class T, class Take>
+__device__ void groups_of(const T* source, const int64_t* position, int64_t n, int64_t groups, int64_t width,
+                          const Take& take) {
+  constexpr int kTogether = MOST < AHEAD ? AHEAD / MOST : 1, kParts = MOST > kAhead ? MOST / kAhead : 1;
+  constexpr int kEach = MOST / kParts;
+  int64_t longer = MOST == 1 ? 0 : n;                          // size and longer as in Groups, without its division
+  int size = MOST == 1;
+  if constexpr (MOST > 1)
+    for (; longer >= groups; longer -= groups) ++size;
+#pragma unroll 1
+  for (int64_t g = 0; g < groups; g += kTogether) {
+    const int here = int(min(groups - g, int64_t(kTogether)));              // groups,
+    const int more = int(max(int64_t(0), min(longer - g, int64_t(here))));  // of which so many are longer
+    const auto has = [=](int j, int k) { return j < here && k < size + (j < more); };   // whether group j has a term k
+    Acc sums[kTogether][N][kParts];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      int64_t from[kTogether][kEach];
+      Pack<T, N> v[kTogether][kEach];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j)
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          const int k = part + i * kParts;
+          from[j][i] = has(j, k) ? position[j * size + min(j, more) + k] : 0;
+        }
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j)
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+#pragma unroll
+          for (int c = 0; c < N; ++c) v[j][i].at[c] = T(-0.0f);
+          if (has(j, part + i * kParts)) v[j][i] = load<N>(source + from[j][i] * width);
+        }
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j)
+#pragma unroll
+        for (int c = 0; c < N; ++c) {
+          Acc lanes[kEach];
+#pragma unroll
+          for (int i = 0; i < kEach; ++i) lanes[i] = Acc(v[j][i].at[c]);
+          halve<kEach>(lanes);
+          sums[j][c][part] = lanes[0];
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      Acc sum[N];
+#pragma unroll
+      for (int c = 0; c < N; ++c) halve<kParts>(sums[j][c]), sum[c] = sums[j][c][0];
+      if (j < here) take(g + j, sum);
+    }
+    position += kTogether * size + more;
+  }
+}
+
+// The same for groups of at most kRows terms.
+template <int AHEAD, int N, class Acc, class T, class Take>
+__device__ void few_groups(const T* source, const int64_t* position, int64_t n, int64_t groups, int64_t width,
+                           const Take& take) {
+  if (n <= groups) groups_of<1, AHEAD, N, Acc>(source, position, n, n, width, take);
+  else if (n <= 2 * groups) groups_of<2, AHEAD, N, Acc>(source, position, n, groups, width, take);
+  else if (n <= 4 * groups) groups_of<4, AHEAD, N, Acc>(source, position, n, groups, width, take);
+  else groups_of<kRows, AHEAD, N, Acc>(source, position, n, groups, width, take);
+}
 
 // Rows of index_add whose groups are added up before the row is, by the length of their longest group.
 struct Lists {
   int64_t *count, *rows[2];        // 0: up to kAlone terms, 1: longer; in exact order: rows of more than kFew terms
 };
 
-// Which list a row of n terms goes to, or -1.
+// Which list a row of n terms goes to; -1: none; kRaced: none, but race_few adds up its groups. Two sums add up to the
+// same in any order, so they need not race.
+constexpr int kRaced = 2;
 __device__ int list_of(const Reduction& r, int64_t n) {
   if (r.order == Order::exact) return n > kFew ? 1 : -1;
-  const int64_t longest = n ? Groups(n, min(n, r.groups)).longest() : 0;
-  return longest > kAlone ? 1 : longest > kRows ? 0 : -1;
+  if (n > kRows * r.groups) return n > kAlone * r.groups ? 1 : 0;
+  return r.order == Order::atomic && min(n, r.groups) > 2 ? kRaced : -1;
 }
 
 // In no order: every row has places of its own for its partial sums.
 __global__ void plan(Reduction r, Segments s, Lists lists) {
   for (int64_t v = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; v < r.outer; v += int64_t(gridDim.x) * blockDim.x) {
     const int list = list_of(r, s.start[v + 1] - s.start[v]);
-    if (list < 0) continue;
+    if (list != 0 && list != 1) continue;
     const auto place = atomicAdd(reinterpret_cast<unsigned long long*>(lists.count + list), 1ull);
     lists.rows[list][place] = v;
   }
 }
 
 // partial[start[v] + g][d] = the sum of group g of row v (there are no more groups than terms), one thread each. In
-// atomic order that sum is raced into sums[v][d] instead, for groups of all rows: the k-th place of `position` stands for
-// the group of its number, so that the groups of one row are in flight together.
+// atomic order that sum is raced into sums[v][d] instead.
 template <class T, class Acc>
 __global__ void group_sums(Reduction r, Segments s, Lists lists, const T* __restrict__ source, Acc* partial, Acc* sums) {
-  const int64_t columns = (r.inner + blockDim.x - 1) / blockDim.x, all = sums ? r.terms : *lists.count * r.groups;
-  for (int64_t job = blockIdx.x; job < columns * ((all + blockDim.y - 1) / blockDim.y); job += gridDim.x) {
-    const int64_t d = job % columns * blockDim.x + threadIdx.x, k = job / columns * blockDim.y + threadIdx.y;
-    if (d >= r.inner || k >= all) continue;
-    const int64_t v = sums ? s.index[s.position[k]] : lists.rows[0][k / r.groups];
-    if (v < 0 || v >= r.outer) continue;
-    const int64_t first = s.start[v], n = s.start[v + 1] - first, g = sums ? k - first : k % r.groups;
-    const int64_t groups = min(n, r.groups);
-    if (g < 0 || g >= groups) continue;
-    const Group group = Groups(n, groups)[g];
-    if (group.size > kAlone) continue;                         // long_sums adds it
+  for_places(*lists.count * r.groups, r.inner, [&](int64_t k, int64_t d) {
+    const int64_t v = lists.rows[0][k / r.groups], g = k % r.groups, first = s.start[v];
+    const Group group = Groups(s.start[v + 1] - first, r.groups)[g];   // with so many terms there are r.groups
+    const int64_t* position = s.position + first + group.begin;
+    const auto term = [&](int64_t i) { return i < group.size ? Acc(source[position[i] * r.inner + d]) : Acc(-0.0f); };
     Acc lanes[kLanes];
     int half = 1;
     while (half < kLanes && half < group.size) half *= 2;
-    for (int lane = 0; lane < half; ++lane)
-      lanes[lane] = lane_sum<T, Acc>(source, s.position + first + group.begin, group.size, lane, r.inner, d);
+    for (int l = 0; l < half; ++l)
+      lanes[l] = group.size <= kLanes ? term(l)
+                                      : tree(term(l), term(l + kLanes), term(l + 2 * kLanes), term(l + 3 * kLanes),
+                                             term(l + 4 * kLanes), term(l + 5 * kLanes), term(l + 6 * kLanes),
+                                             term(l + 7 * kLanes));
     while (half /= 2)
-      for (int lane = 0; lane < half; ++lane) lanes[lane] = tree(lanes[lane], lanes[lane + half]);
+      for (int l = 0; l < half; ++l) lanes[l] = tree(lanes[l], lanes[l + half]);
     if (sums) atomicAdd(sums + v * r.inner + d, lanes[0]);
     else partial[(first + g) * r.inner + d] = lanes[0];
-  }
+  });
 }
 
 // The same for the long groups, one block each and blockDim.x columns, which with the lanes and some segments of the
@@ -596,7 +720,6 @@ __global__ void __launch_bounds__(kLongThreads)
     const int64_t d = job % columns * width + threadIdx.x, g = job / columns % r.groups;
     const int64_t v = lists.rows[1][job / columns / r.groups], first = s.start[v];
     const Group group = Groups(s.start[v + 1] - first, r.groups)[g];   // with so many terms there are r.groups
-    if (sums && group.size <= kAlone) continue;                // raced by group_sums; the same in all threads
     int64_t terms = kBlock;                                    // of a segment
     while (terms * segments < group.size) terms *= 2;
     const int64_t begin = seg * terms, n = d < r.inner ? min(terms, group.size - begin) : 0;
@@ -617,54 +740,115 @@ __global__ void __launch_bounds__(kLongThreads)
   }
 }
 
-// input + the groups of every output, one after the other or shuffled; or input + what was raced into sums.
-template <class T, class Acc>
-__global__ void add_rows(Reduction r, Segments s, const T* input, const T* source, Acc* partial, const Acc* sums, T* out) {
-  const Key key{r.seed, r.device_step ? uint32_t(*r.device_step) : r.step, r.op};
-  for (int64_t o = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; o < r.outputs();
-       o += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t v = o / r.inner, d = o % r.inner, first = s.start[v], n = s.start[v + 1] - first;
-    if (n == 0) {
-      out[o] = input[o];
-      continue;
-    }
-    const Groups groups(n, min(n, r.groups));
-    const int64_t count = min(n, r.groups);
-    Acc* p = partial + first * r.inner + d;
-    const bool here = list_of(r, n) < 0, shuffled = r.order == Order::shuffled;
-    const auto group_sum = [&](int64_t g) {                    // of at most kRows terms
-      const Group group = groups[g];
-      const int64_t* position = s.position + first + group.begin;
-      Acc v[kRows];
+// Before a race, in the rows that have one.
+template <class Acc, int N>
+__global__ void clear_raced(Reduction r, Segments s, Acc* sums) {
+  for_places(r.outer, r.inner / N, [&](int64_t v, int64_t place) {
+    if (list_of(r, s.start[v + 1] - s.start[v]) < 0) return;
+    Pack<Acc, N> none;
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) v[i] = i < group.size ? Acc(source[position[i] * r.inner + d]) : Acc(-0.0f);
-      halve<kRows>(v);
-      return v[0];
-    };
-    Acc sum = Acc(-0.0f);
-    if (sums) {
-      sum = sums[o];
-    } else if (here && !shuffled) {
-      for (int64_t g = 0; g < count; ++g) sum = sum + group_sum(g);
-    } else {
-      for (int64_t g = 0; here && g < count; ++g) p[g * r.inner] = group_sum(g);
-      if (shuffled) shuffle(p, int(count), r.inner, key, r.per_output ? uint64_t(o) : 0);
-      for (int64_t g = 0; g < count; ++g) sum = sum + p[g * r.inner];
-    }
-    out[o] = T(Acc(input[o]) + Acc(T(sum)));
-  }
+    for (int c = 0; c < N; ++c) none.at[c] = Acc(-0.0f);
+    store(sums + v * r.inner + place * N, none);
+  });
 }
 
-// The order "exact": one thread an output,
-template <class T, class Acc>
-__global__ void add_exact(Reduction r, Segments s, const T* input, const T* source, T* out) {
-  for (int64_t o = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; o < r.outputs();
-       o += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t v = o / r.inner, d = o % r.inner, first = s.start[v], n = s.start[v + 1] - first;
-    if (list_of(r, n) >= 0) continue;
-    const T sum = sum_of_few<T>(n, [&](int64_t i) { return double(source[s.position[first + i] * r.inner + d]); });
-    out[o] = n == 0 ? input[o] : T(Acc(input[o]) + Acc(sum));
-  }
+template <int N, class Acc>
+__device__ void atomic_add(Acc* to, const Acc* x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (std::is_same_v<Acc, float> && N % 4 == 0) {    // four atomic additions, in one instruction
+#pragma unroll
+    for (int c = 0; c < N; c += 4)
+      atomicAdd(reinterpret_cast<float4*>(to + c), make_float4(x[c], x[c + 1], x[c + 2], x[c + 3]));
+  } else
+#endif
+    for (int c = 0; c < N; ++c) atomicAdd(to + c, x[c]);
+}
+
+// The groups of the raced rows that are in no list: the k-th place of `position` stands for the group of its number, so
+// that the groups of one row are in flight together.
+template <class T, class Acc, int N>
+__global__ void __launch_bounds__(kThreads)
+    race_few(Reduction r, Segments s, const T* __restrict__ source, Acc* sums) {
+  for_places(r.terms, r.inner / N, [&](int64_t k, int64_t place) {
+    const int64_t v = s.index[s.position[k]], d = place * N;
+    if (v < 0 || v >= r.outer) return;
+    const int64_t first = s.start[v], n = s.start[v + 1] - first, count = min(n, r.groups), g = k - first;
+    if (list_of(r, n) != kRaced || g < 0 || g >= count) return;
+    const Group group = n == count ? Group{g, 1} : Groups(n, count)[g];
+    few_groups<1, N, Acc>(source + d, s.position + first + group.begin, group.size, 1, r.inner,
+                          [&](int64_t, const Acc* sum) { atomic_add<N>(sums + v * r.inner + d, sum); });
+  });
+}
+
+// input + the groups of every output, one after the other or shuffled; or input + what was raced into sums, which may
+// be out.
+template <class T, class Acc, int N, bool SHUFFLED>
+__global__ void __launch_bounds__(kThreads, (SHUFFLED ? 4 : 5) - (N > 4))   // blocks that hardly spill
+    add_rows(Reduction r, Segments s, const T* __restrict__ input, const T* __restrict__ source, Acc* partial,
+             const Acc* sums, T* out) {
+  const Key key{r.seed, r.device_step ? uint32_t(*r.device_step) : r.step, r.op};
+  for_places(r.outer, r.inner / N, [&](int64_t v, int64_t place) {
+    const int64_t d = place * N, o = v * r.inner + d, first = s.start[v], n = s.start[v + 1] - first;
+    const int64_t count = min(n, r.groups);
+    Pack<T, N> row = load<N>(input + o);
+    if (n == 0) return store(out + o, row);
+    const bool shuffled = SHUFFLED && count > 2;   // two sums are the same in any order
+    Acc* const p = partial + first * r.inner + d;
+    Acc kept[kKept * N];
+    Acc* const group = SHUFFLED && count <= kKept ? kept : p;
+    const int64_t apart = SHUFFLED && count <= kKept ? N : r.inner;
+    Sums<N, Acc> sum;
+    const auto take = [&](int64_t g, const Acc* x) {
+      if (shuffled) {
+#pragma unroll
+        for (int c = 0; c < N; ++c) group[g * apart + c] = x[c];
+      } else {
+        sum.add(x);
+      }
+    };
+    if (list_of(r, n) < 0) {
+      few_groups<kAhead, N, Acc>(source + d, s.position + first, n, r.groups, r.inner, take);
+    } else if (sums) {
+      take(0, load<N>(sums + o).at);
+    } else {
+      for (int64_t g = 0; g < count; ++g) take(g, load<N>(p + g * r.inner).at);
+    }
+    if (shuffled) {
+#pragma unroll 1
+      for (int c = 0; c < N; ++c) shuffle(group + c, int(count), apart, key, r.per_output ? uint64_t(o + c) : 0);
+      for (int64_t g = 0; g < count; ++g) sum.add(group + g * apart);
+    }
+    sum.add_to(row);
+    store(out + o, row);
+  });
+}
+
+// The order "exact": one thread a pack of columns of a row whose sum IEEE 754 rounds once; of longer rows the same
+// threads take the columns one by one;
+template <class T, class Acc, int N>
+__global__ void __launch_bounds__(kThreads)
+    add_exact(Reduction r, Segments s, const T* __restrict__ input, const T* __restrict__ source, T* out) {
+  for_places(r.outer, r.inner / N, [&](int64_t v, int64_t place) {
+    const int64_t first = s.start[v], n = s.start[v + 1] - first;
+    if (list_of(r, n) >= 0) return;
+    if (n <= 2) {   // Acc has twice the bits of a half type and two more, so that rounding to both is rounding once
+      const int64_t d = place * N, o = v * r.inner + d;
+      Pack<T, N> row = load<N>(input + o);
+      if (n == 0) return store(out + o, row);
+      Sums<N, Acc> sum;
+      groups_of<1, 2, N, Acc>(source + d, s.position + first, n, n, r.inner,
+                              [&](int64_t, const Acc* x) { sum.add(x); });
+      sum.add_to(row);
+      return store(out + o, row);
+    }
+    const int64_t here = place - threadIdx.x, threads = min(int64_t(blockDim.x), r.inner / N - here);
+#pragma unroll 1
+    for (int c = 0; c < N; ++c) {
+      const int64_t d = here * N + threadIdx.x + c * threads, o = v * r.inner + d;
+      const T sum = sum_of_few<T>(n, [&](int64_t i) { return double(source[s.position[first + i] * r.inner + d]); });
+      out[o] = T(Acc(input[o]) + Acc(sum));
+    }
+  });
 }
 
 // or a block for one of a longer row, or (ACROSS) for 32.
@@ -829,55 +1013,84 @@ struct Sum {
   }
 };
 
-template <class T>
-void index_add(const Reduction& r, const Segments& s, const Tensor& input, const Tensor& source, Tensor& out,
+// Threads for rows of so many places, for for_places.
+dim3 block_for(int64_t places) {
+  const int64_t blocks = (places + kThreads - 1) / kThreads, width = (places + blocks - 1) / blocks;
+  return dim3(unsigned(width), unsigned(kThreads / width));
+}
+
+int grid_for(int64_t rows, int64_t places) {
+  const dim3 block = block_for(places);
+  return grid((places + block.x - 1) / block.x * ((rows + block.y - 1) / block.y));
+}
+
+// N: columns in a pack.
+template <class T, int N>
+void index_add(Reduction r, const Segments& s, const Tensor& input, const Tensor& source, Tensor& out,
                cudaStream_t stream) {
   using Acc = typename AccType<T>::type;
   constexpr ScalarType accumulated = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
   const T *in = static_cast<const T*>(input.const_data_ptr()), *terms = static_cast<const T*>(source.const_data_ptr());
   T* result = static_cast<T*>(out.mutable_data_ptr());
   const bool exact = r.order == Order::exact, race = r.order == Order::atomic;
+  r.groups = std::clamp<int64_t>(r.terms, 1, r.groups);
 
-  const int64_t most = std::min(r.outer, r.terms / kRows);   // rows in a list, each of which has more than kRows terms
+  // Most rows in both lists and in that of the long ones.
+  const int64_t most = std::min(r.outer, r.terms / ((exact ? kFew : kRows * r.groups) + 1));
+  const int64_t most_long = std::min(r.outer, r.terms / ((exact ? kFew : kAlone * r.groups) + 1));
   Tensor memory = torch::stable::new_empty(input, {2 + 2 * most}, ScalarType::Long);
-  memory = torch::stable::zero_(memory);
   int64_t* const begin = static_cast<int64_t*>(memory.mutable_data_ptr());
   const Lists lists{begin, {begin + 2, begin + 2 + most}};
-  plan<<<grid((r.outer + kThreads - 1) / kThreads), kThreads, 0, stream>>>(r, s, lists);
-  check(cudaGetLastError());
-
-  const int outputs = grid((r.outputs() + kThreads - 1) / kThreads);
-  const auto busy = [&](int64_t columns, int64_t shortest) {   // blocks where only a list knows how much there is to do
-    const int64_t rows = std::min(r.outer, r.terms / shortest), groups = exact ? 1 : std::min(r.groups, r.terms);
-    return grid(std::min<int64_t>(1 << 12, columns * rows * groups));
-  };
-  if (exact) {
-    add_exact<T, Acc><<<outputs, kThreads, 0, stream>>>(r, s, in, terms, result);
+  if (most > 0) {
+    memory = torch::stable::zero_(memory);
+    plan<<<grid((r.outer + kThreads - 1) / kThreads), kThreads, 0, stream>>>(r, s, lists);
     check(cudaGetLastError());
-    const int blocks = busy(r.inner, kFew);
+  }
+  // Blocks where only a list knows how much there is to do.
+  const auto busy = [](int64_t jobs) { return grid(std::min<int64_t>(1 << 12, jobs)); };
+  const int64_t places = r.inner / N;
+  const int blocks = grid_for(r.outer, places);
+  if (exact) {
+    add_exact<T, Acc, N><<<blocks, block_for(places), 0, stream>>>(r, s, in, terms, result);
+    check(cudaGetLastError());
+    if (most == 0) return;
+    const dim3 block(kLanes, kLongWarps);
     if (r.inner < kNarrowest)
-      add_exact_long<T, Acc, false><<<blocks, dim3(kLanes, kLongWarps), 0, stream>>>(r, s, lists, in, terms, result);
+      add_exact_long<T, Acc, false><<<busy(r.inner * most), block, 0, stream>>>(r, s, lists, in, terms, result);
     else
-      add_exact_long<T, Acc, true><<<blocks, dim3(kLanes, kLongWarps), 0, stream>>>(r, s, lists, in, terms, result);
+      add_exact_long<T, Acc, true><<<busy(r.inner * most), block, 0, stream>>>(r, s, lists, in, terms, result);
     return check(cudaGetLastError());
   }
-  Tensor scratch = torch::stable::new_empty(input, {race ? r.outputs() : r.terms * r.inner}, accumulated);
+  const bool apart = most > 0 || (r.order == Order::shuffled && r.groups > kKept);   // some partial sums are
+  const int64_t room = race ? (std::is_same_v<T, Acc> ? 0 : r.outputs()) : apart ? r.terms * r.inner : 0;
+  Tensor scratch = torch::stable::new_empty(input, {room}, accumulated);
   Acc* partial = static_cast<Acc*>(scratch.mutable_data_ptr());
   Acc* sums = race ? partial : nullptr;
+  if constexpr (std::is_same_v<T, Acc>)
+    if (race) sums = result;
   if (race) {
-    fill<T, Acc><<<outputs, kThreads, 0, stream>>>(sums, r.outputs(), Acc(-0.0f));
+    clear_raced<Acc, N><<<blocks, block_for(places), 0, stream>>>(r, s, sums);
+    check(cudaGetLastError());
+    race_few<T, Acc, N><<<grid_for(r.terms, places), block_for(places), 0, stream>>>(r, s, terms, sums);
     check(cudaGetLastError());
   }
-  int width = 1;
-  while (width < kLanes && width < r.inner) width *= 2;
-  const int64_t columns = (r.inner + width - 1) / width, each = kThreads / width;
-  const int blocks = race ? grid(columns * ((r.terms + each - 1) / each)) : busy(columns, kRows);
-  group_sums<T, Acc><<<blocks, dim3(width, kThreads / width), 0, stream>>>(r, s, lists, terms, partial, sums);
-  check(cudaGetLastError());
-  const int few = std::min(busy(columns, kAlone), 1 << 9);   // each has a multiprocessor to itself
-  long_sums<T, Acc><<<few, dim3(width, kLongThreads / width), 0, stream>>>(r, s, lists, terms, partial, sums);
-  check(cudaGetLastError());
-  add_rows<T, Acc><<<outputs, kThreads, 0, stream>>>(r, s, in, terms, partial, sums, result);
+  if (most > 0) {
+    const int some = busy(grid_for(most * r.groups, r.inner));
+    group_sums<T, Acc><<<some, block_for(r.inner), 0, stream>>>(r, s, lists, terms, partial, sums);
+    check(cudaGetLastError());
+  }
+  if (most_long > 0) {
+    int width = 1;
+    while (width < kLanes && width < r.inner) width *= 2;
+    const int64_t jobs = (r.inner + width - 1) / width * most_long * r.groups;
+    const int few = grid(std::min<int64_t>(1 << 9, jobs));   // each has a multiprocessor to itself
+    long_sums<T, Acc><<<few, dim3(width, kLongThreads / width), 0, stream>>>(r, s, lists, terms, partial, sums);
+    check(cudaGetLastError());
+  }
+  if (r.order == Order::shuffled)
+    add_rows<T, Acc, N, true><<<blocks, block_for(places), 0, stream>>>(r, s, in, terms, partial, sums, result);
+  else
+    add_rows<T, Acc, N, false><<<blocks, block_for(places), 0, stream>>>(r, s, in, terms, partial, sums, result);
   check(cudaGetLastError());
 }
 
@@ -929,7 +1142,14 @@ void index_add_cuda(const Reduction& r, const Tensor& input, const Tensor& index
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const int64_t* const start = static_cast<const int64_t*>(segments->const_data_ptr());
   const Segments s{static_cast<const int64_t*>(index.const_data_ptr()), start, start + r.outer + 1};
-  for_type(input.scalar_type(), [&]<class T>(T) { index_add<T>(r, s, input, source, out, stream_of(input)); });
+  bool packs = true;   // contiguous views may begin anywhere
+  for (const Tensor* x : {&input, &source, static_cast<const Tensor*>(&out)})
+    packs &= reinterpret_cast<uintptr_t>(x->const_data_ptr()) % kPackBytes == 0;
+  for_type(input.scalar_type(), [&]<class T>(T) {
+    constexpr int pack = kPackBytes / sizeof(T);
+    if (packs && r.inner % pack == 0) index_add<T, pack>(r, s, input, source, out, stream_of(input));
+    else index_add<T, 1>(r, s, input, source, out, stream_of(input));
+  });
 }
 
 }  // namespace ordered

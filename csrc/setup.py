@@ -61,7 +61,7 @@ flags = {"cxx": [*target, "-g0", "-ffp-contract=off", *openmp, *(["-DUSE_CUDA", 
          "nvcc": [*target, "-DUSE_CUDA", "-DORDERED_CUDA", "-fmad=false"]}
 extension = (CUDAExtension if cuda else CppExtension)(
     "ordered_reduce._C",
-    ["ops.cpp", "cpu.cpp", "exact.cpp", "conv.cpp", *(["cuda.cu"] if cuda else [])],
+    ["ops.cpp", "cpu.cpp", "exact.cpp", "conv.cpp", *(["cuda.cu", "segments.cu"] if cuda else [])],
     depends=["order.h", "exact.h", "ops.h", "sort.h"],
     extra_compile_args=flags,
     extra_link_args=openmp,

@@ -19,12 +19,15 @@
 #define __global__
 #define __device__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define aoti_torch_get_current_cuda_stream(device, stream) AOTI_TORCH_SUCCESS
 
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 using cudaStream_t = void*;
@@ -141,6 +144,7 @@ struct DeviceGuard {
 inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::at_block); }
 inline void __syncwarp() { cuda_on_cpu::wait(cuda_on_cpu::at_warp); }
 inline void __threadfence() {}
+inline void __stcg(uint4* to, uint4 value) { *to = value; }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int distance) {

@@ -114,14 +114,16 @@ def test_arrival_is_replayed_by_the_cpu(emulated, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, terms, width", [(1, 1, 1), (50, 400, 1), (50, 400, 33), (3, 5000, 2), (2000, 300, 5),
-                                                (30, 3000, 1), (1, 40_000, 1), (4, 9000, 40)])
+                                                (30, 3000, 1), (1, 40_000, 1), (4, 9000, 40), (300, 400, 8), (50, 700, 16),
+                                                (5, 40, 1040)])
 def test_index_add_has_the_bits_of_the_cpu(emulated, rows, terms, width, dtype):
     torch.manual_seed(0)
     into, source = torch.randn(rows, width).to(dtype), torch.randn(terms, width).to(dtype)
     index = torch.randint(rows, (terms,))
     segments = torch.ops.ordered_reduce.segments(index, rows)
-    for seed, (order, per_output, splits) in enumerate([(FIXED, True, 8), (FIXED, True, 3), (SHUFFLED, True, 8),
-                                                        (SHUFFLED, False, 8), (EXACT, True, 8)]):
+    for seed, (order, per_output, splits) in enumerate([(FIXED, True, 8), (FIXED, True, 3), (FIXED, True, 1),
+                                                        (SHUFFLED, True, 8), (SHUFFLED, False, 8),
+                                                        (SHUFFLED, True, 20), (EXACT, True, 8)]):
         arguments = (splits, order, per_output, 5, torch.tensor(3), 2)
         emulated.schedule(seed)
         assert same_bits(emulated.index_add(into, index, source, segments, *arguments),

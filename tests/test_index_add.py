@@ -91,6 +91,22 @@ def test_however_the_cpu_sorts(dtype, order, n, rows, width, hot):
         assert same_bits(got[v], input[v] + ordered_reduce.sum(source[index == v], 0, order=order))
 
 
+@pytest.mark.parametrize("n,size", [(0, 0), (0, 3), (1, 1), (5000, 1), (5000, 3), (100_000, 65_536), (3000, 1 << 20)])
+def test_segments_are_where_each_value_stands(device, n, size):
+    index = torch.randint(max(size, 1), (n,), generator=torch.Generator().manual_seed(n)).to(device)
+    values, position = index.sort(stable=True)
+    starts = torch.searchsorted(values, torch.arange(size + 1, device=device))
+    assert torch.equal(torch.ops.ordered_reduce.segments(index, size), torch.cat([starts, position]))
+
+
+def test_segments_on_cuda_leave_out_what_is_out_of_range(device):
+    if device == "cpu":
+        pytest.skip("the CPU raises")
+    index = torch.tensor([2, -1, 0, 3, 2, torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).min], device=device)
+    assert torch.ops.ordered_reduce.segments(index, 3).tolist() == [0, 1, 1, 3, 2, 0, 4, 1, 3, 5, 6]
+    assert torch.ops.ordered_reduce.segments(index, 0)[0] == 0
+
+
 def test_one_shared_permutation_is_that_of_sum(device):
     source, index = noise(400, 6).to(device), torch.zeros(400, dtype=torch.int64, device=device)
     got = ordered_reduce.index_add(torch.zeros(2, 6, device=device), 0, index, source, order="shuffled", **KEYS)

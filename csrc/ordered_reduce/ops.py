@@ -222,16 +222,17 @@ def index_add(input, dim, index, source, *, order="fixed", splits=8, seed=0, ste
                            f"got input {list(input.shape)}, index {list(index.shape)}, source {list(source.shape)}, "
                            f"dim {dim}")
     rows, index = input.shape[dim], index.reshape(-1).long().contiguous()
+    segments = torch.ops.ordered_reduce.segments(index, rows) if index.is_cuda else None
     # A compiled program cannot raise for a value, and a captured one cannot look at it: there the kernels check, as the
-    # CPU's always does.
+    # CPU's always does. segments[rows] is how many lie in range.
     if index.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
-        _check_range(index, dim, rows)
+        if segments[rows].item() != len(index):
+            _check_range(index, dim, rows)
     differentiated = torch.is_grad_enabled() and (input.requires_grad or source.requires_grad)
     call = _index_add if differentiated else _index_add_forward
     x, terms = (input, source) if dim == 0 else (input.movedim(dim, 0), source.movedim(dim, 0))
     try:
-        result = call(x, index, terms, torch.ops.ordered_reduce.segments(index, rows) if index.is_cuda else None,
-                      *order_arguments(input, order, splits, seed, step, op, scope, "input"))
+        result = call(x, index, terms, segments, *order_arguments(input, order, splits, seed, step, op, scope, "input"))
     except RuntimeError:
         if not index.is_cuda:
             _check_range(index, dim, rows)
@@ -253,12 +254,6 @@ _index_add_forward = torch.ops.ordered_reduce.index_add_forward.default
 @torch.library.register_fake("ordered_reduce::segments")
 def _(index, size):
     return index.new_empty(size + 1 + index.shape[0])
-
-
-@torch.library.impl("ordered_reduce::segments", "CUDA")
-def _(index, size):
-    values, position = index.sort(stable=True)
-    return torch.cat([torch.searchsorted(values, torch.arange(size + 1, device=index.device)), position])
 
 
 @torch.library.register_fake("ordered_reduce::index_add")
