@@ -9,7 +9,7 @@
 //   arrive      fetches the same partial sums, one block a (group, stretch of outputs), and takes a ticket when done.
 //   short_sums  groups of at most 32 contiguous terms, one thread each.
 //   exact_sums  the order "exact": the split and the integer of exact.h, which no order can change. exact_few: the same
-//               where an output has few terms, which doubles mostly settle.
+//               where an output has few terms, which doubles mostly settle, one or more threads each.
 //   index_add   add_rows and add_exact: the rows of few terms, one thread a pack of neighbouring columns; plan lists
 //               the others, whose groups group_sums (one thread a group and column) and long_sums (one block) add up
 //               first. In atomic order race_few does that for rows of few terms.
@@ -368,16 +368,42 @@ __global__ void convert(const Acc* x, T* out, int64_t n) {
     out[i] = T(x[i]);
 }
 
-constexpr int kBatch = 16;                       // terms that a thread splits together; a warp: 512, of most kSplit
-constexpr int64_t kBetweenCarries = 1 << 24;     // terms of one exact sum, well below Exact::kMost
+constexpr int kBatch = 16;                       // terms that a thread splits together
+constexpr int kSlack = 2;                        // powers of two by which later terms may exceed the largest yet
+constexpr int kExactWarps = 4;                   // in a block of exact_sums
 constexpr int64_t kExactPiece = 1 << 13;         // terms that one block sums, at least
-constexpr int64_t kFew = 128;                    // most terms of an output that one thread adds up exactly
+constexpr int64_t kFew = 128;                    // most terms of an output that one thread adds up exactly,
+constexpr int kAhead = 4;                        // of which it reads so many at once,
+constexpr int kFewThreads = 8;                   // or, where the terms lie side by side, so many of them,
+constexpr int64_t kFewAlone = 8;                 // but for the fewest,
+constexpr int64_t kFewOfWarp = 1024;             // and most that a warp does
+
+constexpr int kWords = sizeof(Exact) / sizeof(int64_t);
+static_assert(kWords * sizeof(int64_t) == sizeof(Exact));
+
+// As two words: the hardware has no 64-bit addition to shared memory.
+__device__ void add_shared(int64_t& digit, int64_t change) {
+  uint32_t* const word = reinterpret_cast<uint32_t*>(&digit);
+  const uint32_t low = uint32_t(change), sum = atomicAdd(word, low) + low;
+  if (const uint32_t high = uint32_t(change >> 32) + (sum < low)) atomicAdd(word + 1, high);
+}
 
 __device__ void add_shared(Exact& exact, double x) {
-  const uint32_t seen = Exact::put(x, [&](int k, int64_t change) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(&exact.digit[k]), static_cast<unsigned long long>(change));
-  });
+  const uint32_t seen = Exact::put(x, [&](int k, int64_t change) { add_shared(exact.digit[k], change); });
   if (seen) atomicOr(&exact.seen, seen);
+}
+
+// All threads of a warp add a and b to one exact sum: all of them split by one sigma and then a smaller one, until
+// nothing is left (nor of subnormals: the least sigmas round nothing).
+__device__ void add_together(Exact& exact, double a, double b) {
+  const auto size = [](double x) { return x == 0 ? 0 : max(1, int(bits_of(x) >> 52 & 0x7FF)); };
+  double sigma = INFINITY;
+  while (const int exponent = __reduce_max_sync(~0u, max(size(a), size(b)))) {
+    sigma = min(sigma_for(exponent), sigma * kSecond);
+    double sum = split(a, sigma) + split(b, sigma);
+    for (int half = kLanes / 2; half > 0; half /= 2) sum += __shfl_xor_sync(~0u, sum, half);   // exact, so in any order
+    if (threadIdx.x == 0 && sum != 0) add_shared(exact, sum);
+  }
 }
 
 // A block adds terms begin ... end - 1 of one output to shared[0], or (ACROSS) of 32 neighbouring ones, one to each
@@ -388,86 +414,127 @@ __device__ void add_exactly(Exact* shared, bool mine, int64_t begin, int64_t end
   const int thread = threadIdx.y * kLanes + threadIdx.x, first = ACROSS ? threadIdx.y : thread;
   const int together = ACROSS ? blockDim.y : blockDim.y * kLanes;    // threads that share an output
   Exact& exact = shared[ACROSS ? threadIdx.x : 0];
-  if (thread < kOutputs) shared[thread].clear();
+  for (int i = thread; i < kOutputs * kWords; i += blockDim.y * kLanes) reinterpret_cast<int64_t*>(shared)[i] = 0;
   __syncthreads();
-  for (int64_t from = begin; from < end; from += kBetweenCarries) {
-    const int64_t to = min(end, from + kBetweenCarries);
-    for (int64_t at = from; at < to; at += int64_t(kBatch) * together) {   // the same number of times in every thread
+  double sum = 0, rest = 0, sigma = 0;
+  int covered = -1;                                                  // the largest exponent that sigma is for
+  bool some = false;                                                 // anything but negative zeros
+  for (int64_t from = begin; from < end; from += kSplit * together) {   // the same number of times in every thread
+    const int64_t to = mine ? min(end, from + kSplit * together) : from;
+    for (int64_t at = from + first; at < to; at += int64_t(kBatch) * together) {
       double v[kBatch];
-      int exponent = 1;
-      bool minus_zeros = true;
+      uint32_t most = 0;                                             // the upper half of the largest |term|
+      if (at + int64_t(kBatch - 1) * together < to) {
 #pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        const int64_t i = at + int64_t(k) * together + first;
-        v[k] = mine && i < to ? term(i) : -0.0;                      // which changes no sum
-        exponent = max(exponent, int(bits_of(v[k]) >> 52 & 0x7FF));
-        minus_zeros &= bits_of(v[k]) == uint64_t{1} << 63;
-      }
-      if (!ACROSS) exponent = __reduce_max_sync(~0u, exponent);      // one sigma for the warp
-      if (exponent >= kHuge) {
-        for (int k = 0; k < kBatch; ++k) add_shared(exact, v[k]);
-        continue;
-      }
-      const double sigma = sigma_for(exponent);
-      double sum = 0, rest = 0;
+        for (int k = 0; k < kBatch; ++k) v[k] = term(at + int64_t(k) * together);
+      } else {
 #pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        sum += split(v[k], sigma);
-        rest += split(v[k], sigma * kSecond);
-        if (v[k] != 0) add_shared(exact, v[k]);
-      }
-      if (!ACROSS)
-        for (int half = kLanes / 2; half > 0; half /= 2) {           // exact, so in any order
-          sum += __shfl_xor_sync(~0u, sum, half);
-          rest += __shfl_xor_sync(~0u, rest, half);
+        for (int k = 0; k < kBatch; ++k) {
+          const int64_t i = at + int64_t(k) * together;
+          v[k] = i < to ? term(i) : -0.0;                            // which changes no sum
         }
-      if (!minus_zeros) atomicOr(&exact.seen, Exact::kNotMinusZero);
-      if (ACROSS || threadIdx.x == 0) {
+      }
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) most = max(most, uint32_t(bits_of(v[k]) >> 32) & 0x7FFFFFFF);
+      if (!some)
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) some |= bits_of(v[k]) != uint64_t{1} << 63;
+      const int exponent = int(most >> 20);
+      if (exponent > covered) {
         if (sum != 0) add_shared(exact, sum);
         if (rest != 0) add_shared(exact, rest);
+        sum = rest = 0, covered = exponent + kSlack, sigma = sigma_for(covered);
+      }
+      uint64_t left = exponent < kHuge ? 0 : ~uint64_t{0};           // shifted: anything but zeros, of either sign
+      if (!left) {
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) sum += split(v[k], sigma), left |= bits_of(v[k]);
+        if (left << 1) {                                             // rare but for doubles
+          left = 0;
+#pragma unroll
+          for (int k = 0; k < kBatch; ++k) rest += split(v[k], sigma * kSecond), left |= bits_of(v[k]);
+        }
+      }
+      if (left << 1) {                                               // rare: once more, without v in memory
+#pragma unroll 1
+        for (int64_t i = at; i < min(to, at + int64_t(kBatch) * together); i += together) {
+          double x = term(i);
+          if (exponent < kHuge) split(x, sigma), split(x, sigma * kSecond);
+          if (x != 0) add_shared(exact, x);
+        }
+        covered = -1;                                                // the next terms may be as small as the least
       }
     }
+    if (ACROSS) {
+      if (sum != 0) add_shared(exact, sum);
+      if (rest != 0) add_shared(exact, rest);
+    } else {
+      add_together(exact, sum, rest);
+    }
+    if (ACROSS ? some : __reduce_max_sync(~0u, int(some)) && threadIdx.x == 0)
+      atomicOr(&exact.seen, Exact::kNotMinusZero);
+    sum = rest = 0;
     __syncthreads();
-    if (thread < kOutputs) shared[thread].carry();
+    if (to < end && thread < kOutputs) shared[thread].carry();
     __syncthreads();
   }
 }
 
-// A block sums one piece of the terms of one output, or (ACROSS) of 32 neighbouring ones. With one piece it rounds the
-// sum as well; with more, whole[output] gathers them.
+__device__ int64_t offset(const Reduction& r, int64_t output) {      // of its first term
+  const int64_t outer = r.inner == 1 ? output : output / r.inner;    // dividing takes long
+  return outer * r.outer_stride + (output - outer * r.inner) * r.inner_stride;
+}
+
+// A block sums one piece of the terms of one output, or (ACROSS) of 32 neighbouring ones. With more than one piece,
+// whole[output] gathers them, and the block that is the last to come there goes on with that. Then it rounds the sum.
 template <class T, bool ACROSS>
 __global__ void exact_sums(Reduction r, const T* __restrict__ x, T* out, Exact* whole, int64_t piece, int64_t pieces) {
   constexpr int kOutputs = ACROSS ? kLanes : 1;
   __shared__ Exact shared[kOutputs];
+  __shared__ bool complete;
   const int thread = threadIdx.y * kLanes + threadIdx.x;
   const int64_t columns = (r.outputs() + kOutputs - 1) / kOutputs;
   for (int64_t job = blockIdx.x; job < columns * pieces; job += gridDim.x) {
-    const int64_t output = job % columns * kOutputs + (ACROSS ? threadIdx.x : 0);
-    const T* terms = x + output / r.inner * r.outer_stride + output % r.inner * r.inner_stride;
-    const int64_t begin = job / columns * piece;
+    const int64_t o = job % columns * kOutputs, output = o + (ACROSS ? threadIdx.x : 0), begin = job / columns * piece;
+    const int outputs = int(min(int64_t{kOutputs}, r.outputs() - o));
+    const T* terms = x + offset(r, output);
     add_exactly<ACROSS>(shared, output < r.outputs(), begin, min(r.terms, begin + piece),
                         [&](int64_t i) { return double(terms[i * r.term_stride]); });
-    const int64_t o = job % columns * kOutputs + thread;
-    if (thread < kOutputs && o < r.outputs()) {
-      if (pieces == 1) {
-        out[o] = shared[thread].template rounded<T>();
-      } else {
-        const bool negative = shared[thread].make_positive();
-        for (int k = 0; k < Exact::kDigits; ++k)
-          if (const int64_t digit = shared[thread].digit[k])
-            atomicAdd(reinterpret_cast<unsigned long long*>(&whole[o].digit[k]),
-                      static_cast<unsigned long long>(negative ? -digit : digit));
-        atomicOr(&whole[o].seen, shared[thread].seen);
+    if (pieces > 1) {
+      if (thread < outputs) {
+        Exact &mine = shared[thread], &all = whole[o + thread];
+        mine.carry();
+        for (int k = mine.begin(); k < mine.end(); ++k)
+          if (const int64_t digit = mine.digit[k])
+            atomicAdd(reinterpret_cast<unsigned long long*>(&all.digit[k]), static_cast<unsigned long long>(digit));
+        atomicOr(&all.seen, mine.seen);
+        __threadfence();
+      }
+      __syncthreads();
+      if (thread == 0) {
+        complete = atomicAdd(&whole[o].additions, 1u) + 1 == pieces;   // counts the blocks that came here
+        __threadfence();
+      }
+      __syncthreads();
+      if (complete) {
+        const volatile int64_t* const from = reinterpret_cast<int64_t*>(whole + o);   // volatile: as L2 has it now
+#pragma unroll
+        for (int first = 0; first < kOutputs * kWords; first += kExactWarps * kLanes)
+          if (const int i = first + thread; i < outputs * kWords) reinterpret_cast<int64_t*>(shared)[i] = from[i];
+        __syncthreads();
       }
     }
+    if ((pieces == 1 || complete) && thread < outputs) out[o + thread] = shared[thread].template rounded<T>();
     __syncthreads();
   }
 }
 
-// The exact sum of n <= kFew terms, rounded, in one thread.
-template <class T, class Term>
+// The exact sum of n <= kFewOfWarp terms, rounded, in TOGETHER neighbouring threads, each of which returns it. With
+// more than one, all threads of a warp must come here.
+template <class T, int TOGETHER = 1, class Term>
 __device__ T sum_of_few(int64_t n, const Term& term) {
-  double hi = -0.0, lo = 0, most = 0;
+  double hi = -0.0, lo = 0;
+  uint32_t largest = 0;                                // upper half of |term|
   bool off = false;                                    // whether an addition was rounded
   const auto add_to = [](double& sum, double x) {      // Knuth's two-sum: what was rounded off
     const double before = sum;
@@ -475,14 +542,27 @@ __device__ T sum_of_few(int64_t n, const Term& term) {
     const double other = sum - before;
     return (before - (sum - other)) + (x - other);
   };
-  for (int64_t i = 0; i < n; ++i) {
-    const double x = term(i), error = add_to(hi, x);
-    lo += error, off |= error != 0, most = max(most, fabs(x));
+  for (int i = TOGETHER > 1 ? threadIdx.x % TOGETHER : 0; i < int(n); i += kAhead * TOGETHER) {
+    double v[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) v[k] = i + k * TOGETHER < int(n) ? term(i + k * TOGETHER) : -0.0;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const double error = add_to(hi, v[k]);
+      lo += error, off |= error != 0, largest = max(largest, uint32_t(bits_of(v[k]) >> 32) & 0x7FFFFFFF);
+    }
+  }
+  for (int apart = 1; apart < TOGETHER; apart *= 2) {  // the same in both threads
+    const double error = add_to(hi, __shfl_xor_sync(~0u, hi, apart));
+    lo += __shfl_xor_sync(~0u, lo, apart);
+    lo += error, off |= __shfl_xor_sync(~0u, int(off), apart) | (error != 0);
+    largest = max(largest, __shfl_xor_sync(~0u, largest, apart));
   }
   if (!off) return narrow<T>(hi);                      // zeros alone have the sign that IEEE 754 gives them
   // hi + lo is off by (n u)^2 n most at most, u = 2^-53 (Ogita, Rump, Oishi, "Accurate Sum and Dot Product", SIAM J. Sci.
   // Comput. 26 (2005)); twice that covers the roundings here. Shorter types are rounded from a double, which must lie on
   // the right side of their ties: it is off by u n most.
+  const double most = double_of(uint64_t(largest + 1) << 32);
   const double bound = most * n * (double(n) * n * 0x1p-105 + (std::is_same_v<T, double> ? 0 : 0x1p-51));
   const double rest = add_to(hi, lo);
   const T low = narrow<T>(hi + (rest - bound)), high = narrow<T>(hi + (rest + bound));
@@ -493,19 +573,17 @@ __device__ T sum_of_few(int64_t n, const Term& term) {
   return exact.template rounded<T>();
 }
 
-template <class T>
+// TOGETHER threads an output.
+template <class T, int TOGETHER>
 __global__ void exact_few(Reduction r, const T* __restrict__ x, T* out) {
-  for (int64_t o = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; o < r.outputs();
-       o += int64_t(gridDim.x) * blockDim.x) {
-    const T* terms = x + o / r.inner * r.outer_stride + o % r.inner * r.inner_stride;
-    out[o] = sum_of_few<T>(r.terms, [&](int64_t i) { return double(terms[i * r.term_stride]); });
+  const int64_t each = blockDim.x / TOGETHER;
+  for (int64_t first = blockIdx.x * each; first < r.outputs(); first += gridDim.x * each) {   // the same in all threads
+    const int64_t o = first + threadIdx.x / TOGETHER;
+    const T* terms = x + offset(r, o);
+    const T sum = sum_of_few<T, TOGETHER>(o < r.outputs() ? r.terms : 0,
+                                          [&](int64_t i) { return double(terms[i * r.term_stride]); });
+    if (o < r.outputs() && threadIdx.x % TOGETHER == 0) out[o] = sum;
   }
-}
-
-template <class T>
-__global__ void round_exact(Exact* whole, T* out, int64_t n) {
-  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x)
-    out[i] = whole[i].rounded<T>();
 }
 
 // The tree over one lane of one group of index_add, at column d; `position` points at the group's n terms.
@@ -976,28 +1054,29 @@ struct Sum {
     }
   }
 
+  template <int TOGETHER>
+  void few() const {
+    constexpr int threads = 128, each = threads / TOGETHER;
+    exact_few<T, TOGETHER><<<grid((r.outputs() + each - 1) / each), threads, 0, stream>>>(
+        r, static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()));
+    check(cudaGetLastError());
+  }
+
   template <bool ACROSS>
   void exact() const {
-    T* result = static_cast<T*>(out.mutable_data_ptr());
-    if (r.terms <= kFew) {
-      exact_few<T><<<grid((r.outputs() + 127) / 128), 128, 0, stream>>>(
-          r, static_cast<const T*>(x.const_data_ptr()), result);
-      return check(cudaGetLastError());
-    }
+    if (r.terms <= (ACROSS ? kFew : kFewAlone)) return few<1>();
+    if (!ACROSS && r.terms <= kFew) return few<kFewThreads>();
+    if (!ACROSS && r.terms <= kFewOfWarp) return few<kLanes>();
     const int64_t columns = ACROSS ? (r.outputs() + kLanes - 1) / kLanes : r.outputs();
     // Few outputs: blocks share their terms.
     const int64_t most = std::max<int64_t>(1, (1 << 12) / columns);
     const int64_t piece = std::max(ACROSS ? kExactPiece / kLanes : kExactPiece, (r.terms + most - 1) / most);
     const int64_t pieces = (r.terms + piece - 1) / piece;
-    Tensor sums = torch::stable::new_empty(x, {pieces == 1 ? 0 : r.outputs() * int64_t(sizeof(Exact) / sizeof(int64_t))},
-                                           ScalarType::Long);
+    Tensor sums = torch::stable::new_empty(x, {pieces == 1 ? 0 : r.outputs() * kWords}, ScalarType::Long);
     if (pieces > 1) sums = torch::stable::zero_(sums);
-    Exact* whole = static_cast<Exact*>(sums.mutable_data_ptr());
-    exact_sums<T, ACROSS><<<grid(columns * pieces), dim3(kLanes, 4), 0, stream>>>(
-        r, static_cast<const T*>(x.const_data_ptr()), result, whole, piece, pieces);
-    check(cudaGetLastError());
-    if (pieces == 1) return;
-    round_exact<T><<<grid((r.outputs() + 255) / 256), 256, 0, stream>>>(whole, result, r.outputs());
+    exact_sums<T, ACROSS><<<grid(columns * pieces), dim3(kLanes, kExactWarps), 0, stream>>>(
+        r, static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
+        static_cast<Exact*>(sums.mutable_data_ptr()), piece, pieces);
     check(cudaGetLastError());
   }
 

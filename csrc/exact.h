@@ -10,6 +10,7 @@
 //           of its 64 bits. float, Half and BFloat16 are doubles as well.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -78,7 +79,8 @@ ORDERED_HD double narrow<double>(double x) {
 struct Exact {
   static constexpr int kDigits = 68;            // 2^-1074 ... 2^1024, and 2^63 terms
   static constexpr uint32_t kMost = 1u << 30;   // additions after which carries must be taken
-  enum : uint32_t { kNan = 1, kInfinite = 2, kNegativeInfinite = 4, kNotMinusZero = 8 };   // what was added
+  enum : uint32_t { kNan = 1, kInfinite = 2, kNegativeInfinite = 4, kNotMinusZero = 8,   // what was added
+                    kTouched = 16 };              // << k / 4: to digit k
 
   int64_t digit[kDigits];
   uint32_t seen, additions;
@@ -87,6 +89,13 @@ struct Exact {
     ORDERED_ROLLED
     for (int64_t& d : digit) d = 0;
     seen = additions = 0;
+  }
+
+  // Where digits are not 0: those that were added to and two more for carries, which hold a sum of 2^63 terms.
+  ORDERED_HD int begin() const { return std::countr_zero(seen / kTouched) * 4; }   // past the end where there are none
+  ORDERED_HD int end() const {
+    const int end = std::bit_width(seen / kTouched) * 4 + 2;
+    return end < kDigits ? end : kDigits;
   }
 
   // Calls put(k, change of digit k) for what x adds, and returns what of it is to be noted in `seen`.
@@ -105,7 +114,7 @@ struct Exact {
                              int64_t(significand >> 32 >> (32 - shift))};
     for (int i = 0; i < 3; ++i)
       if (part[i]) put(k + i, negative ? -part[i] : part[i]);
-    return kNotMinusZero;
+    return kNotMinusZero | kTouched << k / 4 | kTouched << (k + 2) / 4;
   }
 
   ORDERED_HD void add(double x) {
@@ -123,10 +132,11 @@ struct Exact {
     if (++additions == kMost) carry();
   }
 
-  // Leaves all digits but the last, which has the sign, in 0 ... 2^32 - 1.
+  // Leaves all digits but the one before end(), which has the sign, in 0 ... 2^32 - 1.
   ORDERED_HD void carry() {
+    const int last = end() - 1;
     ORDERED_ROLLED
-    for (int k = 0; k + 1 < kDigits; ++k) {
+    for (int k = begin(); k < last; ++k) {
       digit[k + 1] += digit[k] >> 32;
       digit[k] &= 0xFFFFFFFF;
     }
@@ -136,9 +146,10 @@ struct Exact {
   // Changes the sign of a sum below zero, after which few of its digits are not 0, and says whether it did. Carries must
   // have been taken.
   ORDERED_HD bool make_positive() {
-    if (digit[kDigits - 1] >= 0) return false;
+    const int last = end();
+    if (digit[last - 1] >= 0) return false;
     ORDERED_ROLLED
-    for (int64_t& d : digit) d = -d;
+    for (int k = begin(); k < last; ++k) digit[k] = -digit[k];
     carry();
     return true;
   }
@@ -150,20 +161,21 @@ struct Exact {
     if (seen & (kInfinite | kNegativeInfinite)) return T(seen & kInfinite ? float(INFINITY) : -float(INFINITY));
     carry();
     const bool negative = make_positive();
-    int high = kDigits - 1;
-    while (high >= 0 && digit[high] == 0) --high;
-    if (high < 0) return T(seen & kNotMinusZero ? 0.0f : -0.0f);
+    const int low = begin();
+    int high = end() - 1;
+    while (high >= low && digit[high] == 0) --high;
+    if (high < low) return T(seen & kNotMinusZero ? 0.0f : -0.0f);
     // The first 64 bits of the sum, of which the last is one where anything but zeros follows.
     uint64_t top = uint64_t(digit[high]);
     int weight = -1074;
     if (high >= 1) top = top << 32 | uint64_t(digit[high - 1]);
     if (high >= 2) {
-      int shift = 0;
-      while (!(top >> 63)) top <<= 1, ++shift;
+      const int shift = std::countl_zero(top);
+      top <<= shift;
       const uint64_t next = uint64_t(digit[high - 2]);
       top |= next >> (32 - shift);
       bool more = (next << shift & 0xFFFFFFFF) != 0;
-      for (int k = high - 3; k >= 0 && !more; --k) more = digit[k] != 0;
+      for (int k = high - 3; k >= low && !more; --k) more = digit[k] != 0;
       top |= more;
       weight += 32 * (high - 1) - shift;
     }
