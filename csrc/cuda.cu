@@ -271,9 +271,10 @@ __global__ void combine(Partials r, P* partial, T* out, bool shuffled, bool per_
   }
 }
 
-template <class P, int N>
-struct alignas(N * sizeof(P)) Vector {
-  P at[N];
+// Neighbouring numbers that one thread reads, adds and writes together.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Pack {
+  T at[N];
 };
 
 // N neighbouring numbers of the last axis to a thread.
@@ -292,7 +293,7 @@ __global__ void add_apart(Apart p, int groups, uint32_t count, T* out, bool shuf
       const uint32_t before = a ? left / uint32_t(p.size[a]) : 0, here = left - before * uint32_t(p.size[a]);
       in += here * p.stride[a], o += here * p.out_stride[a], left = before;
     }
-    const auto load = [&](int g) { return *reinterpret_cast<const Vector<P, N>*>(static_cast<const P*>(p.data[g]) + in); };
+    const auto load = [&](int g) { return *reinterpret_cast<const Pack<P, N>*>(static_cast<const P*>(p.data[g]) + in); };
     const auto drawn_for = [&](int e) { return per_output ? uint64_t(o + e * apart) : 0; };
     Acc sum[N];
 #pragma unroll
@@ -301,7 +302,7 @@ __global__ void add_apart(Apart p, int groups, uint32_t count, T* out, bool shuf
       Acc v[N][kRows];
 #pragma unroll
       for (int k = 0; k < kRows; ++k) {
-        Vector<P, N> given;
+        Pack<P, N> given;
         if (k >= first) given = load(k - first);
 #pragma unroll
         for (int e = 0; e < N; ++e) v[e][k] = k < first ? Acc(-0.0f) : Acc(given.at[e]);
@@ -322,7 +323,7 @@ __global__ void add_apart(Apart p, int groups, uint32_t count, T* out, bool shuf
     } else {
 #pragma unroll 8
       for (int g = 0; g < groups; ++g) {
-        const Vector<P, N> given = load(g);
+        const Pack<P, N> given = load(g);
 #pragma unroll
         for (int e = 0; e < N; ++e) sum[e] = sum[e] + Acc(given.at[e]);
       }
@@ -368,12 +369,12 @@ __global__ void convert(const Acc* x, T* out, int64_t n) {
     out[i] = T(x[i]);
 }
 
+constexpr int kAhead = 4;                        // reads of a thread before it adds what they gave
 constexpr int kBatch = 16;                       // terms that a thread splits together
 constexpr int kSlack = 2;                        // powers of two by which later terms may exceed the largest yet
 constexpr int kExactWarps = 4;                   // in a block of exact_sums
 constexpr int64_t kExactPiece = 1 << 13;         // terms that one block sums, at least
 constexpr int64_t kFew = 128;                    // most terms of an output that one thread adds up exactly,
-constexpr int kAhead = 4;                        // of which it reads so many at once,
 constexpr int kFewThreads = 8;                   // or, where the terms lie side by side, so many of them,
 constexpr int64_t kFewAlone = 8;                 // but for the fewest,
 constexpr int64_t kFewOfWarp = 1024;             // and most that a warp does
@@ -612,14 +613,7 @@ constexpr int kLongThreads = 1024; // long_sums
 constexpr int kLongWarps = 16;     // and add_exact_long
 constexpr int64_t kAlone = kBlock; // most terms of a group that one thread adds up
 constexpr int kKept = 8;           // most groups of a pack that a thread keeps to shuffle them
-constexpr int kPackBytes = 16;     // what a thread reads at once, and
-constexpr int kAhead = 4;          // how often before it adds
-
-// Neighbouring columns that one thread reads, adds and writes together.
-template <class T, int N>
-struct alignas(N * sizeof(T)) Pack {
-  T at[N];
-};
+constexpr int kPackBytes = 16;     // what a thread reads at once
 
 template <int N, class T>
 __device__ Pack<T, N> load(const T* from) {
