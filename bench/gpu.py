@@ -94,7 +94,7 @@ def sanitizer():
     return found
 
 
-def median_seconds(f, seconds=0.4):
+def median_seconds(f, seconds=0.2):
     """Median over runs of f, each timed alone between two synchronisations."""
     times = []
     for _ in range(3):
@@ -239,7 +239,7 @@ def steps(device, widths=(1, 10), batch=128, size=32):
                     policy, step, _ = network(width, precision, device, batch, size)
                     policy.order = policy.now = order
                     policy.to(device)
-                    ours = median_seconds(captured(step) if how == "graph" else step, 0.6)
+                    ours = median_seconds(captured(step) if how == "graph" else step, 0.3)
                     native = native or ours
                     rows.append({"what": f"step {order}, width {width}, batch {batch}, {precision}, {how}",
                                  "times_native": ours / native, "images_per_second": batch / ours})

@@ -6,6 +6,7 @@ import ordered_reduce
 import pytest
 import reference
 import torch
+from conftest import GPU
 from torch import nn
 from torch.nn import functional as F
 
@@ -119,6 +120,27 @@ def test_equal_channels_stay_equal_at_any_number_and_with_any_threads(device, ch
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*found) and torch.equal(found[0], found[0][:1, :1].expand_as(found[0]))
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("channels", [(1, 16), (3, 13), (16, 16), (16, 160), (32, 32), (27, 50), (64, 64), (160, 160)], ids=str)
+@pytest.mark.parametrize("kernel, stride, size", [(3, 1, 32), (3, 2, 16), (1, 2, 8), (5, 1, 7)])
+def test_equal_channels_stay_equal_on_cuda(monkeypatch, channels, kernel, stride, size):
+    """In both memory formats, of float32 as it is and rounded to tf32, of float64 and half types; and all this repeats."""
+    for dtype, tf32 in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.float16, False),
+                        (torch.float64, False)):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            torch.manual_seed(0)
+            x = torch.randn(64, 1, size, size, dtype=dtype).expand(-1, channels[0], -1, -1).cuda()
+            seed = torch.randn(64, 1, -(-size // stride), -(-size // stride), dtype=dtype).expand(-1, channels[1], -1, -1).cuda()
+            x, seed = (t.contiguous(memory_format=memory_format) for t in (x, seed))
+            leaf = torch.full((*channels[::-1], kernel, kernel), 0.1, dtype=dtype, device="cuda").requires_grad_()
+            found = [torch.autograd.grad(ordered_reduce.conv2d(x, leaf, padding=kernel // 2, stride=stride), leaf, seed)[0]
+                     for _ in range(2)]
+            assert torch.equal(*found), (dtype, tf32, memory_format)
+            assert torch.equal(found[0], found[0][:1, :1].expand_as(leaf)), (dtype, tf32, memory_format)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -225,9 +225,9 @@ def index_add(input, dim, index, source, *, order="fixed", splits=8, seed=0, ste
     segments = torch.ops.ordered_reduce.segments(index, rows) if index.is_cuda else None
     # A compiled program cannot raise for a value, and a captured one cannot look at it: there the kernels check, as the
     # CPU's always does. segments[rows] is how many lie in range.
-    if index.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
-        if segments[rows].item() != len(index):
-            _check_range(index, dim, rows)
+    if (index.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
+            and segments[rows].item() != len(index)):
+        _check_range(index, dim, rows)
     differentiated = torch.is_grad_enabled() and (input.requires_grad or source.requires_grad)
     call = _index_add if differentiated else _index_add_forward
     x, terms = (input, source) if dim == 0 else (input.movedim(dim, 0), source.movedim(dim, 0))
