@@ -82,9 +82,14 @@ def sanitizer():
                "        for dim in (None, *range(x.ndim)):\n"
                "            ordered_reduce.sum(x, dim, order=order, splits=70)\n"
                "            ordered_reduce.sum(x.double(), dim, order=order, splits=3)\n"
-               "x, index = torch.randn(300, 17, device='cuda'), torch.randint(9, (300,), device='cuda')\n"
-               "for order in ('fixed', 'shuffled', 'atomic', 'exact'):\n"
-               "    ordered_reduce.index_add(x[:9], 0, index, x, order=order)\n"
+               "for n, rows, width in ((300, 9, 17), (3000, 1, 16), (500, 200, 64), (4000, 2, 1)):\n"
+               "    x, index = torch.randn(n, width, device='cuda'), torch.randint(rows, (n,), device='cuda')\n"
+               "    for order in ('fixed', 'shuffled', 'atomic', 'exact'):\n"
+               "        ordered_reduce.index_add(x[:rows], 0, index, x, order=order)\n"
+               "for dtype in (torch.float32, torch.bfloat16):\n"
+               "    some = [torch.randn(48, 40, 3, 3, device='cuda', dtype=dtype) for _ in range(9)]\n"
+               "    for partials in (some, [t.contiguous(memory_format=torch.channels_last) for t in some[:8]]):\n"
+               "        torch.ops.ordered_reduce.add_partials(partials, x, True)\n"
                "ordered_reduce.sum(x, 0, order='arrival')\n"
                "torch.cuda.synchronize()\n")
     found = {}
