@@ -125,10 +125,9 @@ def parse_arguments(argv, more=()):
                      help="of convolutions and products: fp32; tf32 (CUDA); bf16 (autocast). Weights are float32; "
                           "default: fp32")
 
-    how.add_argument("--graph", action=argparse.BooleanOptionalAction,
-                     help="capture the gradient of a batch as one CUDA graph, whose kernels are launched together: a "
-                          "small network is bound by their launches; default: on a GPU, unless --compile, --shards or "
-                          "several processes on one arm")
+    how.add_argument("--graph", action="store_true",
+                     help="on a GPU: capture the gradient of a batch as one CUDA graph, whose kernels are launched "
+                          "together, for a small network is bound by their launches")
     how.add_argument("--compile", action="store_true",
                      help="torch.compile the network: faster on a GPU after a minute or more; other bits than without")
     how.add_argument("--shards", type=int, default=0, metavar="S",
@@ -231,10 +230,8 @@ def check_arguments(args):
     if args.order_steps is not None:
         need(0 <= args.order_steps[0] < args.order_steps[1], "--order-steps", args.order_steps,
              "FIRST END with 0 <= FIRST < END: the window would be empty")
-    plain = device.type == "cuda" and not args.compile and not args.shards and processes == 1
-    args.graph = plain if args.graph is None else args.graph
-    need(plain or not args.graph, "--graph", "on", "left out but on a GPU, and with --compile, --shards or several "
-         "processes on one arm")
+    need(not args.graph or (device.type == "cuda" and not args.compile and not args.shards and processes == 1),
+         "--graph", "on", "left out but on a GPU, without --compile, --shards and several processes on one arm")
     need(args.precision != "tf32" or device.type == "cuda", "--precision", "tf32", "fp32 or bf16 on the CPU")
 
 

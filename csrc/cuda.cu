@@ -4,7 +4,7 @@
 //               up to kPiece rows of a group -> its 32 lane sums. Lane sums are rows of 32 themselves, so the
 //               same kernel sums the lane sums of the pieces until one piece is left: the rest of the same tree.
 //   combine     the partial sums of the groups, one after the other or shuffled, one thread an output.
-//   add_apart   the same for partial sums that came in tensors of their own; add_turned for channels-last gradients.
+//   add_apart   the same for partial sums that came in tensors of their own.
 //   race        the same partial sums with atomicAdd, one thread a (group, output).
 //   arrive      fetches the same partial sums, one block a (group, stretch of outputs), and takes a ticket when done.
 //   short_sums  groups of at most 32 contiguous terms, one thread each.
@@ -37,7 +37,6 @@ constexpr int kWarps = ACROSS ? 4 : 8;
 template <bool ACROSS>
 constexpr int64_t kPiece = int64_t(kWarps<ACROSS>) * kSegmentBlocks * kRows;
 
-constexpr int kMostTaps = 32;      // of a kernel in channels-last partial gradients
 constexpr int kShuffled = 64;      // most groups that a thread shuffles in its own memory; above, in the scratch tensor
 
 constexpr int kNarrowest = 8;      // fewest neighbouring outputs that are read side by side: a sector of floats
@@ -278,95 +277,59 @@ struct alignas(N * sizeof(T)) Pack {
   T at[N];
 };
 
-// N neighbouring sums of what the tensors have from place `in` on; sum e is output number first + e * apart.
-template <int N, class P, class Acc>
-__device__ void add_packs(const Apart& p, int groups, int64_t in, int64_t first, int64_t apart, bool shuffled,
-                          bool per_output, Key key, Acc* sum) {
-  const auto load = [&](int g) { return *reinterpret_cast<const Pack<P, N>*>(static_cast<const P*>(p.data[g]) + in); };
-  const auto drawn_for = [&](int e) { return per_output ? uint64_t(first + e * apart) : 0; };
-#pragma unroll
-  for (int e = 0; e < N; ++e) sum[e] = Acc(-0.0f);
-  if (groups <= kRows) {
-    const int unused = kRows - groups;
-    Acc v[N][kRows];
-#pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      Pack<P, N> given;
-      if (k >= unused) given = load(k - unused);
-#pragma unroll
-      for (int e = 0; e < N; ++e) v[e][k] = k < unused ? Acc(-0.0f) : Acc(given.at[e]);
-    }
-#pragma unroll
-    for (int e = 0; e < N; ++e) {
-      if (shuffled) shuffle_few(v[e], unused, key, drawn_for(e));
-#pragma unroll
-      for (int k = 0; k < kRows; ++k) sum[e] = sum[e] + v[e][k];
-    }
-  } else if (shuffled) {
-    for (int e = 0; e < N; ++e) {
-      Acc v[kShuffled];
-      for (int g = 0; g < groups; ++g) v[g] = Acc(static_cast<const P*>(p.data[g])[in + e]);
-      shuffle(v, groups, 1, key, drawn_for(e));
-      for (int g = 0; g < groups; ++g) sum[e] = sum[e] + v[g];
-    }
-  } else {
-#pragma unroll 8
-    for (int g = 0; g < groups; ++g) {
-      const Pack<P, N> given = load(g);
-#pragma unroll
-      for (int e = 0; e < N; ++e) sum[e] = sum[e] + Acc(given.at[e]);
-    }
-  }
-}
-
-// A pack of the last axis to a thread.
+// N neighbouring numbers of the last axis to a thread.
 template <int N, class P, class Acc, class T>
-__global__ void add_apart(Apart p, int groups, uint32_t packs, T* out, bool shuffled, bool per_output, Key key,
+__global__ void add_apart(Apart p, int groups, uint32_t count, T* out, bool shuffled, bool per_output, Key key,
                           const int64_t* device_step) {
   if (device_step) key.step = uint32_t(*device_step);
+  const int first = kRows - groups;              // where group 0 stands in v, if all have a place there
   const int64_t apart = p.out_stride[Apart::kAxes - 1];
-  for (int64_t pack = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; pack < packs;
-       pack += int64_t(gridDim.x) * blockDim.x) {
-    uint32_t left = uint32_t(pack) * N;
+  for (int64_t job = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; job < count / N;
+       job += int64_t(gridDim.x) * blockDim.x) {
+    uint32_t left = uint32_t(job) * N;
     int64_t in = 0, o = 0;
 #pragma unroll
     for (int a = Apart::kAxes - 1; a >= 0; --a) {
       const uint32_t before = a ? left / uint32_t(p.size[a]) : 0, here = left - before * uint32_t(p.size[a]);
       in += here * p.stride[a], o += here * p.out_stride[a], left = before;
     }
+    const auto load = [&](int g) { return *reinterpret_cast<const Pack<P, N>*>(static_cast<const P*>(p.data[g]) + in); };
+    const auto drawn_for = [&](int e) { return per_output ? uint64_t(o + e * apart) : 0; };
     Acc sum[N];
-    add_packs<N, P>(p, groups, in, o, apart, shuffled, per_output, key, sum);
+#pragma unroll
+    for (int e = 0; e < N; ++e) sum[e] = Acc(-0.0f);
+    if (groups <= kRows) {
+      Acc v[N][kRows];
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) {
+        Pack<P, N> given;
+        if (k >= first) given = load(k - first);
+#pragma unroll
+        for (int e = 0; e < N; ++e) v[e][k] = k < first ? Acc(-0.0f) : Acc(given.at[e]);
+      }
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        if (shuffled) shuffle_few(v[e], first, key, drawn_for(e));
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) sum[e] = sum[e] + v[e][k];
+      }
+    } else if (shuffled) {
+      for (int e = 0; e < N; ++e) {
+        Acc v[kShuffled];
+        for (int g = 0; g < groups; ++g) v[g] = Acc(static_cast<const P*>(p.data[g])[in + e]);
+        shuffle(v, groups, 1, key, drawn_for(e));
+        for (int g = 0; g < groups; ++g) sum[e] = sum[e] + v[g];
+      }
+    } else {
+#pragma unroll 8
+      for (int g = 0; g < groups; ++g) {
+        const Pack<P, N> given = load(g);
+#pragma unroll
+        for (int e = 0; e < N; ++e) sum[e] = sum[e] + Acc(given.at[e]);
+      }
+    }
 #pragma unroll
     for (int e = 0; e < N; ++e) out[o + e * apart] = T(sum[e]);
-  }
-}
-
-// The same for channels-last partial gradients of convolutions: in memory the channels (axis 3) vary fastest, then the
-// taps of the kernel (axis 2, a threadIdx.y each), in the sum the other way round. A block turns 32 packs of channels.
-template <int N, class P, class Acc, class T>
-__global__ void add_turned(Apart p, int groups, uint32_t packs, T* out, bool shuffled, bool per_output, Key key,
-                           const int64_t* device_step) {
-  __shared__ Acc turned[kMostTaps * kLanes * N];
-  if (device_step) key.step = uint32_t(*device_step);
-  const int taps = blockDim.y, thread = threadIdx.y * kLanes + threadIdx.x;
-  const uint32_t row = uint32_t(p.size[3]) / N;
-  for (int64_t first = blockIdx.x * int64_t{kLanes}; first < packs; first += gridDim.x * int64_t{kLanes}) {
-    const uint32_t pack = uint32_t(first) + threadIdx.x, before = pack / row;
-    if (pack < packs) {
-      Acc sum[N];
-      add_packs<N, P>(p, groups, before * p.stride[1] + threadIdx.y * p.stride[2] + (pack - before * row) * N,
-                      int64_t(pack) * N * taps + threadIdx.y, taps, shuffled, per_output, key, sum);
-#pragma unroll
-      for (int e = 0; e < N; ++e) turned[(threadIdx.x * N + e) * taps + threadIdx.y] = sum[e];
-    }
-    __syncthreads();
-    if (first * taps + thread < int64_t(packs) * taps) {
-      Pack<T, N> some;
-#pragma unroll
-      for (int e = 0; e < N; ++e) some.at[e] = T(turned[thread * N + e]);
-      *reinterpret_cast<Pack<T, N>*>(out + (first * taps + thread) * N) = some;
-    }
-    __syncthreads();                                           // before the next packs write there
   }
 }
 
@@ -1230,20 +1193,15 @@ void add_partials_cuda(const Reduction& r, const Apart& p, ScalarType type, Tens
     bool aligned = p.stride[last] == 1 && p.size[last] % N == 0;
     for (int a = 0; a < last; ++a) aligned &= p.stride[a] % N == 0;
     for (int64_t g = 0; g < r.groups; ++g) aligned &= reinterpret_cast<uintptr_t>(p.data[g]) % (N * sizeof(P)) == 0;
-    const uint32_t packs = uint32_t(r.outer) / (aligned ? N : 1);
-    const int blocks = grid((packs + threads - 1) / threads);
+    const uint32_t count = uint32_t(r.outer);
     T* result = static_cast<T*>(out.mutable_data_ptr());
     const bool shuffled = r.order == Order::shuffled;
-    const int64_t taps = p.size[2];
-    if (aligned && p.size[0] == 1 && 1 < taps && taps <= kMostTaps && p.out_stride[2] == 1 && p.out_stride[3] == taps)
-      add_turned<N, P, Acc, T><<<grid((packs / taps + kLanes - 1) / kLanes), dim3(kLanes, taps), 0, stream>>>(
-          p, int(r.groups), uint32_t(packs / taps), result, shuffled, r.per_output, key, r.device_step);
-    else if (aligned)
-      add_apart<N, P, Acc, T><<<blocks, threads, 0, stream>>>(
-          p, int(r.groups), packs, result, shuffled, r.per_output, key, r.device_step);
+    if (aligned)
+      add_apart<N, P, Acc, T><<<grid((count / N + threads - 1) / threads), threads, 0, stream>>>(
+          p, int(r.groups), count, result, shuffled, r.per_output, key, r.device_step);
     else
-      add_apart<1, P, Acc, T><<<blocks, threads, 0, stream>>>(
-          p, int(r.groups), packs, result, shuffled, r.per_output, key, r.device_step);
+      add_apart<1, P, Acc, T><<<grid((count + threads - 1) / threads), threads, 0, stream>>>(
+          p, int(r.groups), count, result, shuffled, r.per_output, key, r.device_step);
     check(cudaGetLastError());
   };
   for_type(type, [&]<class P>(P some) {

@@ -69,6 +69,23 @@ ORDERED_HD double narrow<double>(double x) {
   return x;
 }
 
+// How many bits of x, from the highest or lowest on, are 0. (In device code nvcc 13.0 takes the functions of <bit>, but for
+// bit_width, for constants.)
+ORDERED_HD int leading_zeros(uint64_t x) {
+#ifdef __CUDA_ARCH__
+  return __clzll(static_cast<long long>(x));
+#else
+  return std::countl_zero(x);
+#endif
+}
+ORDERED_HD int trailing_zeros(uint32_t x) {
+#ifdef __CUDA_ARCH__
+  return __clz(static_cast<int>(__brev(x)));
+#else
+  return std::countr_zero(x);
+#endif
+}
+
 // Loops over all digits are rare on a GPU, and unrolled they would take the registers of the frequent work.
 #ifdef __CUDA_ARCH__
 #define ORDERED_ROLLED _Pragma("unroll 1")
@@ -92,9 +109,9 @@ struct Exact {
   }
 
   // Where digits are not 0: those that were added to and two more for carries, which hold a sum of 2^63 terms.
-  ORDERED_HD int begin() const { return std::countr_zero(seen / kTouched) * 4; }   // past the end where there are none
+  ORDERED_HD int begin() const { return trailing_zeros(seen / kTouched) * 4; }   // past the end where there are none
   ORDERED_HD int end() const {
-    const int end = std::bit_width(seen / kTouched) * 4 + 2;
+    const int end = (64 - leading_zeros(seen / kTouched)) * 4 + 2;
     return end < kDigits ? end : kDigits;
   }
 
@@ -170,7 +187,7 @@ struct Exact {
     int weight = -1074;
     if (high >= 1) top = top << 32 | uint64_t(digit[high - 1]);
     if (high >= 2) {
-      const int shift = std::countl_zero(top);
+      const int shift = leading_zeros(top);
       top <<= shift;
       const uint64_t next = uint64_t(digit[high - 2]);
       top |= next >> (32 - shift);

@@ -20,7 +20,6 @@ from .ops import ORDERS, SUM_ORDERS, arrival, check_order, check_tensor, index_a
 # "exact" adds the G partial gradients of a convolution or matrix product exactly, for sum() does that anyway. They are
 # rounded by PyTorch's kernels, so that unlike an exact sum of all samples the result is still a function of `splits`.
 LAYER_ORDERS = (*SUM_ORDERS, "native")
-NARROW = 64   # most channels of a convolution whose groups of samples a GPU computes in one call, as groups of channels
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
@@ -65,27 +64,24 @@ def _repeating(f, *arguments):
 
 @functools.cache
 def _side_streams(device):
-    return [torch.cuda.Stream(device) for _ in range(4)]
+    return [torch.cuda.Stream(device) for _ in range(3)]
 
 
-def _group_by_group(f, groups, device, meanwhile):
-    """(meanwhile(), [f(*group) for group in groups]). While a CUDA graph is captured the groups go to streams of their
-    own, which costs a replay nothing: a group alone does not fill a large GPU."""
+def _side_by_side(f, groups, device):
+    """[f(*group) for group in groups]. While a CUDA graph is captured they go to several streams, which costs a replay
+    nothing: a group alone does not fill a large GPU."""
     if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
-        return meanwhile(), _repeating(lambda: [f(*group) for group in groups])
-    here, streams = torch.cuda.current_stream(device), _side_streams(device)
-    for stream in streams:
+        return [f(*group) for group in groups]
+    here, found = torch.cuda.current_stream(device), []
+    streams = [here, *_side_streams(device)]
+    for stream in streams[1:]:
         stream.wait_stream(here)
-    other = meanwhile()
-
-    def on_its_stream(number, group):
+    for number, group in enumerate(groups):
         with torch.cuda.stream(streams[number % len(streams)]):
-            return f(*group)
-
-    partials = _repeating(lambda: [on_its_stream(number, group) for number, group in enumerate(groups)])
-    for stream in streams:   # what is allocated on them is used here, and there again only after they have waited
+            found.append(f(*group))
+    for stream in streams[1:]:   # what is allocated on them is used here, and there only after they have waited again
         here.wait_stream(stream)
-    return other, partials
+    return found
 
 
 _cpu_weight_partials = torch.ops.ordered_reduce.conv2d_weight_partials.default
@@ -120,37 +116,22 @@ class _WeightPartials(torch.autograd.Function):
                 torch.cat([_convolution_gradient(*group, ctx.conv, 0) for group in groups]), *[None] * 6)
 
 
-def _beside(t, G):
-    """(G n, channels, height, width) -> (n, G channels, height, width), in the same memory format."""
-    t = t.unflatten(0, (G, -1)).transpose(0, 1)
-    if t[:, 0].is_contiguous(memory_format=torch.channels_last):
-        return t.permute(0, 3, 4, 1, 2).flatten(3).permute(0, 3, 1, 2)
-    return t.flatten(1, 2)
-
-
-def _conv2d_weight_partials(grad, x, weight, conv, splits, meanwhile=lambda: None):
-    """(meanwhile(), the weight gradients of G consecutive groups of samples: a tensor (G, *weight.shape) or a list)."""
+def _conv2d_weight_partials(grad, x, weight, conv, splits):
+    """The weight gradients of G consecutive groups of samples: a tensor (G, *weight.shape) or a list of tensors."""
     if not x.is_cuda and x.shape[0]:
         compute = _WeightPartials.apply if torch.is_grad_enabled() else _cpu_weight_partials
-        return meanwhile(), compute(grad, x, weight, *conv, splits)
-    (stride, padding, dilation, groups), shape = conv, weight.shape
+        return compute(grad, x, weight, *conv, splits)
+    (stride, padding, _, groups), shape = conv, weight.shape
     if shape[2:] == (1, 1) and padding == [0, 0] and groups == 1:   # a matrix product: every pixel is a row
         x = x[:, :, ::stride[0], ::stride[1]]
-        partials = _linear_weight_partials(grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), splits)
-        return meanwhile(), partials[..., None, None]
+        return _linear_weight_partials(grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), splits)[..., None, None]
     if groups == 1:
         grad, x = _whole(grad, 1), _whole(x, 1)
         weight = weight.new_empty(grad.shape[1], x.shape[1], *shape[2:])   # its values are not used
     G = max(1, min(splits, x.shape[0]))
-    if groups == 1 and x.shape[0] % G == 0 and max(weight.shape[:2]) <= NARROW:   # one call: groups of channels
-        weight = weight.new_empty(G * weight.shape[0], *weight.shape[1:])
-        conv, arguments = (stride, padding, dilation, G), (_beside(grad, G), _beside(x, G), weight)
-        partials = _repeating(_convolution_gradient, *arguments, conv, 1).unflatten(0, (G, -1))
-        return meanwhile(), partials[:, :shape[0], :shape[1]]
-    samples = list(zip(grad.tensor_split(G), x.tensor_split(G), strict=True))
-    other, partials = _group_by_group(lambda g, s: _convolution_gradient(g, s, weight, conv, 1), samples, x.device,
-                                      meanwhile)
-    return other, [partial[:shape[0], :shape[1]] for partial in partials]
+    groups = list(zip(grad.tensor_split(G), x.tensor_split(G), strict=True))
+    partials = _repeating(_side_by_side, lambda g, s: _convolution_gradient(g, s, weight, conv, 1), groups, x.device)
+    return [partial[:shape[0], :shape[1]] for partial in partials]
 
 
 def _linear_weight_partials(grad, x, splits):
@@ -207,15 +188,11 @@ class _Conv2d(torch.autograd.Function):
                                                 *order_arguments(x, *ctx.order))
         else:
             used = weight.to(x.dtype)
-
-            def gradient_of_x():
-                return _convolution_gradient(grad, x, used, ctx.conv, 0) if of_x else None
-
+            if of_x:
+                grad_x = _convolution_gradient(grad, x, used, ctx.conv, 0)
             if of_weight:
-                grad_x, partials = _conv2d_weight_partials(grad, x, used, ctx.conv, ctx.order[1], gradient_of_x)
+                partials = _conv2d_weight_partials(grad, x, used, ctx.conv, ctx.order[1])
                 grad_weight = _add_partials(partials, len(x), weight, *ctx.order)
-            else:
-                grad_x = gradient_of_x()
         if of_bias:
             grad_bias = sum(grad, (0, 2, 3)).to(bias.dtype)
         return grad_x if of_x else None, grad_weight, grad_bias, None, None
