@@ -3,6 +3,8 @@ the threads run. It is compiled for this (20 seconds) with the C++ compiler that
 
 import pathlib
 import re
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -46,6 +48,16 @@ def emulated(tmp_path_factory):
                                      "-DTORCH_TARGET_VERSION=0x020b000000000000"])
     yield torch.ops.ordered_emulated
     torch.ops.ordered_emulated.schedule(0)
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+def test_device_code_looks_at_the_bits(tmp_path):
+    """What the emulation cannot show: nvcc 13.0 takes std::countr_zero and std::countl_zero for constants."""
+    (tmp_path / "bits.cu").write_text('#include "exact.h"\n__global__ void bits(uint64_t* x, int* to) {\n'
+                                      "  to[0] = ordered::leading_zeros(x[0]), to[1] = ordered::trailing_zeros(uint32_t(x[1]));\n}\n")
+    subprocess.run(["nvcc", "-ptx", "-std=c++20", "--expt-relaxed-constexpr", "-arch=sm_90", f"-I{CSRC}", "bits.cu"],
+                   cwd=tmp_path, check=True)
+    assert {"clz.b64", "brev.b32", "clz.b32"} <= set((tmp_path / "bits.ptx").read_text().split())
 
 
 # (shape, dims), chosen to meet every branch: rows and columns, short and long groups, one and several pieces.
