@@ -39,8 +39,8 @@ from tqdm import tqdm
 import common
 
 STEPS_WATCHED = 500   # steps from the first one on of which every one gets a row in metrics.csv
-SAVE_SECONDS = 30     # within an epoch a checkpoint is written when the last one is this old; else after it, unless
-                      # writing took more than a tenth of the time since
+SAVE_SECONDS = 30     # a checkpoint is written when the last one is this old, and after an epoch unless writing the last
+                      # one took more than a tenth of the time since
 
 # The paper's recipe on the CIFAR sets (mixup, weight decay and batch size are those of the code base that it builds
 # on); elsewhere one that a CPU finishes in minutes.
