@@ -1,8 +1,8 @@
 """One command for a machine with a CUDA device: builds the extension, runs the CUDA tests and compute-sanitizer over
 small cases, and measures, all in one run, `sum` against a device-to-device copy, exact against fixed order, index_add
 against PyTorch's two, the ordered layers against the matrix rate and native's, a Constnet step of every order against
-native's (as a CUDA graph and kernel by kernel), images per second at width 10, the
-MLP grid against one network after the other; and trains the README's first command.
+native's (as a CUDA graph and kernel by kernel), images per second at width 10, the MLP grid against one network after
+the other; and trains the README's first command.
 
     python bench/gpu.py [--out results/gpu]        # 8 minutes at most: what comes too late is skipped
     python bench/gpu.py --only training compiled   # what was skipped; the step under torch.compile, some minutes more
