@@ -164,13 +164,36 @@ def threads():
     return rows
 
 
-def grid():
-    """All cells of one seed, N = 16 to 256 on 784 inputs, against a loop of nn.Modules, per step."""
+def mlp_grid(device):
+    """mlp_replicated.py's arguments, cells with N = 16 to 256 on 784 inputs, units and data, and the operations of a
+    step of one seed, forward and backward of both layers."""
     args = mlp_replicated.parse_arguments(["--dataset", "mnist", "--widths", "16", "32", "64", "128", "256", "--steps",
-                                           "60", "--device", "cpu"])
+                                           "60", "--device", device])
     cells = mlp_replicated.grid(args)
-    x, y = torch.randint(0, 256, (2000, 784), dtype=torch.uint8), torch.randint(0, 10, (2000,))
     (_, units), = mlp_replicated.rooms(cells, 1 << 20)
+    x = torch.randint(0, 256, (2000, 784), dtype=torch.uint8, device=device)
+    y = torch.randint(0, 10, (2000,), device=device)
+    return args, cells, units, [x, y, x[:250], y[:250], 10], 64 * sum(width * (4 * 784 + 6 * 10) for width, *_ in cells)
+
+
+def one_network(width, x, y):
+    """A function that makes a training step of a network of this width alone."""
+    model = nn.Sequential(nn.Linear(784, width, bias=False), nn.ReLU(), nn.Linear(width, 10, bias=False)).to(x.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step():
+        index = torch.randint(2000, (64,), device=x.device)
+        loss = F.cross_entropy(model(x[index] / 255), y[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def grid():
+    """All cells of one seed against a loop of nn.Modules, per step."""
+    args, cells, units, data, operations = mlp_grid("cpu")
     square = torch.randn(2048, 2048)
     rates, batched, one_by_one = [], [], 0.0
 
@@ -182,23 +205,12 @@ def grid():
     for _ in range(3):
         rates += [2 * 2048 ** 3 / timed(lambda: square @ square) for _ in range(5)]
         ticks = []
-        mlp_replicated.train(cells, units, [0], [x, y, x[:250], y[:250], 10], args,
-                             lambda _: ticks.append(time.perf_counter()))
+        mlp_replicated.train(cells, units, [0], data, args, lambda _: ticks.append(time.perf_counter()))
         batched += [b - a for a, b in itertools.pairwise(ticks[11:])]
     for width, *_ in cells:
-        model = nn.Sequential(nn.Linear(784, width, bias=False), nn.ReLU(), nn.Linear(width, 10, bias=False))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-        def step():
-            index = torch.randint(2000, (64,))
-            loss = F.cross_entropy(model(x[index] / 255), y[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
+        step = one_network(width, *data[:2])
         one_by_one += statistics.median([timed(step) for _ in range(25)][5:])
     seconds, rate = statistics.median(batched), statistics.median(rates)
-    operations = 64 * sum(width * (4 * 784 + 6 * 10) for width, *_ in cells)   # forward and backward of both layers
     rows = [{"what": f"MLP grid, {len(cells)} cells, N = 16 to 256, batch 64",
              "times_faster": round(one_by_one / seconds, 2),
              "share_of_matrix_rate": round(operations / seconds / rate, 3),

@@ -30,7 +30,6 @@ import sys
 import time
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -220,16 +219,17 @@ def network(width, precision, device, batch, size):
     return policy, step, model
 
 
-def captured(step):
-    """step as a CUDA graph."""
+def captured(f, times=1):
+    """A function that replays a CUDA graph of f, so many times over."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step()
+            f()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        for _ in range(times):
+            f()
     return graph.replay
 
 
@@ -268,44 +268,30 @@ def compiled(device, width=10, batch=128, size=32):
     return rows
 
 
-def grid(device, seeds=30, most=256):
+def grid(device, seeds=30):
     """All cells of mlp_replicated.py's grid and all seeds in one training, against one after the other, per step."""
+    import cpu
+
     import mlp_replicated
 
-    widths = [str(1 << power) for power in range(4, 9) if 1 << power <= most]
-    args = mlp_replicated.parse_arguments(["--dataset", "mnist", "--steps", "60", "--device", device, "--widths",
-                                           *widths])
-    cells = mlp_replicated.grid(args)
-    (_, units), = mlp_replicated.rooms(cells, 1 << 20)
-    x = torch.randint(0, 256, (2000, 784), dtype=torch.uint8, device=device)
-    y, ticks = torch.randint(0, 10, (2000,), device=device), []
+    args, cells, units, data, operations = cpu.mlp_grid(device)
+    ticks = []
 
     def tick(_):
         torch.cuda.synchronize()
         ticks.append(time.perf_counter())
 
-    mlp_replicated.train(cells, units, range(seeds), [x, y, x[:250], y[:250], 10], args, tick)
+    mlp_replicated.train(cells, units, range(seeds), data, args, tick)
     together = statistics.median(b - a for a, b in itertools.pairwise(ticks[11:]))
-    one_by_one, counts = 0.0, collections.Counter(width for width, *_ in cells)
-    for width, count in counts.items():
-        model = nn.Sequential(nn.Linear(784, width, bias=False), nn.ReLU(), nn.Linear(width, 10, bias=False)).to(device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-        def step():
-            index = torch.randint(2000, (64,), device=device)
-            loss = F.cross_entropy(model(x[index] / 255), y[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-        one_by_one += seeds * count * median_seconds(step, 0.2)
+    counts = collections.Counter(width for width, *_ in cells)
+    one_by_one = seeds * sum(count * median_seconds(cpu.one_network(width, *data[:2]))
+                             for width, count in counts.items())
     torch.backends.cuda.matmul.allow_tf32 = False
     square = torch.randn(8192, 512 if device == "cuda" else 8, device=device)
     rate = 2 * 8192 ** 2 * square.shape[1] / median_seconds(lambda: square @ square.t())
-    operations = seeds * 64 * sum(width * (4 * 784 + 6 * 10) for width, *_ in cells)   # both ways, both layers
-    return [{"what": f"MLP grid, {seeds} seeds of {len(cells)} cells, N = 16 to {most}, batch 64, float32",
+    return [{"what": f"MLP grid, {seeds} seeds of {len(cells)} cells, N = 16 to 256, batch 64, float32",
              "times_faster": one_by_one / together, "milliseconds": together * 1e3,
-             "share_of_matrix_rate": operations / together / rate}]
+             "share_of_matrix_rate": seeds * operations / together / rate}]
 
 
 def training(out, *more):

@@ -3,15 +3,13 @@
     python bench/gpu_kernels.py [kernels] [weight_gradients] [adding] [sorting] [steps]    # a row of JSON for each case
 
 A key is a time in microseconds: four calls captured as a CUDA graph that is replayed ten times. What cannot be captured
-(index_add, which raises an error for an index out of range) is the profiler's sum over all kernels, and "wall" is the
-median of 20 calls with the launches.
+(index_add, which raises an error for an index out of range) is the profiler's sum over all kernels, and "wall" is
+bench/gpu.py's time of a call with its launches.
 """
 
 import json
 import pathlib
-import statistics
 import sys
-import time
 
 import torch
 
@@ -28,31 +26,16 @@ def say(**row):
 
 
 def wall(f):
-    times = []
-    for _ in range(22):
-        started = time.perf_counter()
-        f()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[2:]) * 1e6
+    return bench.median_seconds(f) * 1e6
 
 
 def alone(f):
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            f()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(4):
-            f()
-    graph.replay()
-    torch.cuda.synchronize()
+    replay = bench.captured(f, 4)
+    replay()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(10):
-        graph.replay()
+        replay()
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 40 * 1e3

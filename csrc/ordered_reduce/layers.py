@@ -20,6 +20,7 @@ from .ops import ORDERS, SUM_ORDERS, arrival, check_order, check_tensor, index_a
 # "exact" adds the G partial gradients of a convolution or matrix product exactly, for sum() does that anyway. They are
 # rounded by PyTorch's kernels, so that unlike an exact sum of all samples the result is still a function of `splits`.
 LAYER_ORDERS = (*SUM_ORDERS, "native")
+MOST_APART = 64   # partial gradients that one kernel adds where they lie: Apart::kMost of ../ops.h
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
@@ -154,10 +155,11 @@ def _(partials, like, *_):
 
 
 def _add_partials(partials, samples, weight, order, splits, seed, step, op, scope):
-    """The sum of G partial gradients, a list of tensors or one (G, ...), in the order and in weight's dtype."""
+    """The sum of G partial gradients, a list of tensors or one (G, ...), in the order and in weight's dtype; on a GPU
+    where they lie, in one kernel, if that can be."""
     of, to = partials[0].dtype, weight.dtype
-    if (partials[0].is_cuda and order in ("fixed", "shuffled") and len(partials) <= 64 and not torch.is_grad_enabled()
-            and (of == to or (of.itemsize == 2 and to == torch.float32))):   # where they lie, in one kernel
+    if (partials[0].is_cuda and order in ("fixed", "shuffled") and len(partials) <= MOST_APART
+            and not torch.is_grad_enabled() and (of == to or (of.itemsize == 2 and to == torch.float32))):
         key = order_arguments(partials[0], "shuffled", splits, seed, step, op, scope)[2:] if order == "shuffled" else ()
         return torch.ops.ordered_reduce.add_partials(list(partials), weight, order == "shuffled", *key)
     partials = torch.stack(partials) if isinstance(partials, list) else partials
