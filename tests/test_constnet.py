@@ -1,5 +1,6 @@
 """constnet.py: the network is the paper's, the arms differ in the order of additions alone, and runs repeat."""
 
+import argparse
 import csv
 import hashlib
 import json
@@ -122,11 +123,11 @@ def test_normaliser_and_augmentation():
 
 
 @pytest.mark.parametrize("schedule,expected", [("constant", [1, 1, 1, 1]), ("step", [1, 0.2, 0.04, 0.008]),
-                                               ("cosine", [1, 0.5 * (1 + np.cos(0.3 * np.pi)), None, None])])
+                                               ("cosine", [(1 + np.cos(np.pi * done)) / 2 for done in (0, 0.3, 0.6, 0.8)])])
 def test_schedules(schedule, expected):
     args = constnet.parse_arguments(["--schedule", schedule, "--epochs", "200", "--lr", "1", "--warmup", "0"])
     for epoch, rate in zip((0, 60, 120, 160), expected, strict=True):   # 140, 80, 40 epochs to go
-        assert rate is None or constnet.learning_rate(args, 7 * epoch, 7) == pytest.approx(rate)
+        assert constnet.learning_rate(args, 7 * epoch, 7) == pytest.approx(rate)
     args.warmup = 2 / 200                                                # 14 steps
     for step in range(14):
         assert constnet.learning_rate(args, step, 7) == pytest.approx((step + 1) / 14, rel=1e-3)
@@ -173,8 +174,9 @@ def test_a_run_repeats_bit_for_bit(tmp_path, run, arguments):
     assert hashes[0] == hashes[1]
     other = run("constnet.py", *QUICK, *arguments, "--seed", 1, "--out", tmp_path / "d")
     assert other.returncode == 0 and results(tmp_path / "d")[0]["weights_sha256"] != hashes[0]
-    if hashes[2] != hashes[0]:
+    if hashes[2] != hashes[0] and "bf16" in arguments:
         pytest.xfail("a library kernel of this CPU depends on the number of threads; bench/cpu.py --only threads names it")
+    assert hashes[2] == hashes[0]
 
 
 def test_dropout_breaks_the_symmetry_of_the_fixed_order(tmp_path, run):
@@ -551,10 +553,20 @@ def test_default_directories_are_numbered(tmp_path, run):
     assert sorted(path.name for path in (tmp_path / "runs" / "constnet").iterdir()) == ["digits", "digits-2"]
 
 
-def test_help_names_every_argument(run):
-    text = run("constnet.py", "--help").stdout
-    for name in ("init", "dropout", "mixup", "widen", "blocks", "epochs", "lr", "momentum", "weight-decay", "batch-size",
-                 "schedule", "seed", "device", "precision", "order", "splits", "order-scope", "order-seed", "order-layers",
-                 "order-steps", "resume", "plot-only", "tensorboard", "out", "dataset", "data-dir"):
-        assert f"--{name} " in text or f"--{name}\n" in text
-    assert text.count("paper") > 8
+def test_help_explains_every_argument(monkeypatch, capsys):
+    actions = []
+    add = argparse._ActionsContainer.add_argument
+
+    def note(self, *names, **arguments):
+        actions.append(add(self, *names, **arguments))
+        return actions[-1]
+
+    monkeypatch.setattr(argparse._ActionsContainer, "add_argument", note)
+    with pytest.raises(SystemExit):
+        constnet.parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    assert len(actions) > 40 and text.count("paper") > 8
+    modes = ("--table1", "--figure2", "--prune", "--plot-only")   # take values, but are off unless they are given
+    for action in actions:
+        assert action.option_strings[-1] in text and action.help
+        assert "default" in action.help.lower() or action.nargs == 0 or action.option_strings[-1] in modes, action

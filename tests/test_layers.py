@@ -72,17 +72,21 @@ def test_linear_gradients(device, shape):
     assert torch.autograd.gradcheck(f, (x, weight, bias)) and torch.autograd.gradgradcheck(f, (x, weight, bias), fast_mode=True)
 
 
-def test_the_partial_gradients_are_pytorchs(device):
-    """A weight gradient is the ordered sum of PyTorch's gradients of the groups of samples."""
+@pytest.mark.parametrize("order", ["fixed", "shuffled"])
+@pytest.mark.parametrize("layer", ["conv", "linear"])
+def test_the_order_of_a_weight_gradient_is_the_definitions(device, layer, order):
+    """With a sample in each group, and one product of two short numbers in each partial gradient, which no kernel has
+    to round, the bits are those of the ordered sum of these products."""
     torch.manual_seed(0)
-    x, weight = torch.randn(12, 7, device=device), torch.randn(5, 7, device=device, requires_grad=True)
-    parts = [torch.autograd.grad(F.linear(part, weight).square().sum(), weight)[0] for part in x.tensor_split(4)]
-    terms = torch.stack(parts).flatten(1)
-    for order in ("fixed", "shuffled"):
-        out = ordered_reduce.linear(x, weight, order=order, splits=4, seed=1, step=2, op=3)
-        got, = torch.autograd.grad(out.square().sum(), weight)
-        expected = reference.ordered_sum(terms, 4, order, seed=1, step=2, op=3).view_as(weight)
-        torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
+    x, weight, grad = (torch.randn(shape).bfloat16().float() for shape in ((12, 7), (5, 7), (12, 5)))
+    terms = (grad[:, :, None] * x[:, None]).flatten(1)
+    f, shape = (ordered_reduce.linear, ()) if layer == "linear" else (ordered_reduce.conv2d, (1, 1))
+    x, weight, grad = (t.view(*t.shape, *shape).to(device) for t in (x, weight, grad))
+    out = f(x, weight.requires_grad_(), order=order, splits=12, seed=1, step=2, op=3)
+    got, = torch.autograd.grad(out, weight, grad)
+    expected = reference.ordered_sum(terms, 12, order, seed=1, step=2, op=3)
+    assert torch.equal(got.cpu().flatten(), expected)
+    assert not torch.equal(expected, reference.ordered_sum(terms, 12, "shuffled", seed=9, step=2, op=3))
 
 
 @pytest.mark.parametrize("layer", ["conv", "linear"])
