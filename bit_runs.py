@@ -14,7 +14,6 @@ Every run writes config.json, metrics.csv (a row per layer and bit), summary.jso
 Exit status: 0 done, 2 bad input, 130 interrupted.
 """
 
-import csv
 import itertools
 import json
 import math
@@ -293,24 +292,14 @@ def draw_figure(rows, path):
             axis.set_yscale("symlog", linthresh=10)
     axes[0][0].set_ylabel("|z| of the number of runs (dashed: 5 % level)")
     axes[0][0].legend(markerscale=3)
-    common.save_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
-    plt.close(figure)
-
-
-def read_rows(path):
-    with open(path, newline="") as file:
-        return [{key: value if key in ("arm", "layer", "type") else None if value == "" else
-                 float(value) if key in ("z", "p") else int(value) for key, value in row.items()}
-                for row in csv.DictReader(file)]
+    common.save_figure(figure, path)
 
 
 def report(directory):
     """Figure and tables of a run from its files, so that they can be had again at any time."""
-    directory = pathlib.Path(directory)
-    try:
-        rows, summary = read_rows(directory / "metrics.csv"), json.loads((directory / "summary.json").read_text())
-    except (OSError, ValueError, KeyError) as error:
-        common.fail(f"argument --plot-only: {directory} holds no finished run ({error})")
+    with common.finished_run(directory) as directory:
+        rows = common.read_csv(directory / "metrics.csv", text=("arm", "layer", "type"))
+        summary = json.loads((directory / "summary.json").read_text())
     draw_figure(rows, directory / "bit_runs.png")
     for arm, table in summary["table"].items():
         print(f"\nlargest |z| of {arm} (smallest p, times the number of tests)")
@@ -329,15 +318,6 @@ def report(directory):
         for row in summary["told_apart"][:len(GROUPS)]:
             print(f"{row['bits']:<16}{row['area']:>15.3f}{row['low']:>10.3f} - {row['high']:.3f}"
                   f"{row['rms_z_before']:>14.2f}{row['rms_z_after']:>8.2f}")
-
-
-def log_to_tensorboard(directory, rows):
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(directory) as board:
-        for row in rows:
-            if row["z"] is not None:
-                board.add_scalar(f"z/{row['arm']}/seed{row['seed']}/{row['layer']}", row["z"], row["bit"])
 
 
 def main(argv=None):
@@ -374,7 +354,8 @@ def main(argv=None):
     common.write_csv(out / "metrics.csv", rows)
     common.write_json(out / "summary.json", summary)
     if args.tensorboard:
-        log_to_tensorboard(out / "tensorboard", rows)
+        common.log_to_tensorboard(out, ((f"z/{row['arm']}/seed{row['seed']}/{row['layer']}", row["z"], row["bit"])
+                                        for row in rows))
     report(out)
     print(f"\n{out}/: bit_runs.png, metrics.csv, summary.json, config.json")
     return 0

@@ -2,6 +2,7 @@
 
 import argparse
 import concurrent.futures
+import contextlib
 import csv
 import datetime
 import hashlib
@@ -229,6 +230,25 @@ def write_csv(path, rows):
     save_atomically(path, write)
 
 
+def read_csv(path, text):
+    """The rows of such a CSV. The columns that text names are strings, all others int, float, or None where empty."""
+    def value(field):
+        return None if field == "" else int(field) if field.lstrip("-").isdecimal() else float(field)
+
+    with open(path, newline="") as file:
+        return [{key: field if key in text else value(field) for key, field in row.items()}
+                for row in csv.DictReader(file)]
+
+
+@contextlib.contextmanager
+def finished_run(directory):
+    """`with finished_run(args.plot_only) as directory:` reads a run's files; one line and exit 2 where that fails."""
+    try:
+        yield pathlib.Path(directory)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"argument --plot-only: {directory} holds no finished run ({_line(error)})")
+
+
 def load_checkpoint(path, argument):
     """torch.load of tensors and plain containers alone; one line and exit 2 where the file is no such thing."""
     try:
@@ -352,6 +372,26 @@ def environment(device):
     name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
             f"{torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}")
     return {"python": sys.version.split()[0], "torch": torch.__version__, "device": name, "git_commit": commit}
+
+
+def seed_of(*key):
+    """A seed for every key, so that no draw depends on which others were made."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
+
+
+def log_to_tensorboard(directory, points):
+    """points: (name, value, step); those without a value are left out."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(directory / "tensorboard") as board:
+        for name, value, step in points:
+            if value is not None:
+                board.add_scalar(name, value, step)
+
+
+def save_figure(figure, path):
+    save_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    plot_style().close(figure)
 
 
 def plot_style():

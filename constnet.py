@@ -19,13 +19,11 @@ Exit status: 0 done, 2 bad input, 3 diverged (the metrics are kept), 130 interru
 """
 
 import argparse
-import csv
 import fnmatch
 import functools
 import hashlib
 import json
 import math
-import pathlib
 import sys
 import time
 
@@ -740,7 +738,9 @@ def train(args, name, seed, data, out):
         common.save_atomically(checkpoint, lambda path: torch.save(state, path))
         common.write_csv(out / f"{run}.csv", rows)
         if args.tensorboard:
-            log_to_tensorboard(out / "tensorboard", rows[logged:])
+            common.log_to_tensorboard(out, (
+                (f"{key}/{row['arm']}/seed{row['seed']}", value, row["step"]) for row in rows[logged:]
+                for key, value in row.items() if isinstance(value, (int, float)) and key not in ("step", "seed")))
             logged = len(rows)
 
     def save_weights(path):
@@ -950,27 +950,21 @@ def write_table_1(summary, directory):
     print("\n" + "\n".join(lines))
 
 
-def save_figure(figure, path):
-    common.save_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
-    common.plot_style().close(figure)
-
-
 def draw_figure(rows, summary, path):
     """Test accuracy, spread of the widest-spread layer, and distinct filters by layer at the end."""
     plt = common.plot_style()
     figure, (accuracy, spread, filters) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     arms = list(dict.fromkeys(arm["arm"] for arm in summary))
     for number, arm in enumerate(summary):
-        mine = [row for row in rows if row["arm"] == arm["arm"] and int(row["seed"]) == arm["seed"]]
+        mine = [row for row in rows if (row["arm"], row["seed"]) == (arm["arm"], arm["seed"])]
         which = arms.index(arm["arm"])
         style = {"color": f"C{which % 10}", "linestyle": ("-", "--", ":", "-.")[which % 4],
                  "label": arm["arm"] if arm["arm"] not in [other["arm"] for other in summary[:number]] else None}
-        tested = [row for row in mine if row["test_accuracy"]]
-        accuracy.plot([int(row["step"]) for row in tested], [float(row["test_accuracy"]) for row in tested], marker=".",
-                      **style)
+        tested = [row for row in mine if row["test_accuracy"] is not None]
+        accuracy.plot([row["step"] for row in tested], [row["test_accuracy"] for row in tested], marker=".", **style)
         layers = arm["symmetry"]["distinct_filters"]
-        largest = [max(float(row[f"spread/{layer}"]) for layer in layers) for row in mine]
-        spread.plot([int(row["step"]) for row in mine], [value or math.nan for value in largest], **style)
+        largest = [max(row[f"spread/{layer}"] for layer in layers) for row in mine]
+        spread.plot([row["step"] for row in mine], [value or math.nan for value in largest], **style)
         filters.plot(range(len(layers)), list(layers.values()), marker=".", **style)
     if not any(value > 0 for line in spread.get_lines() for value in line.get_ydata()):
         spread.text(0.5, 0.5, "no channel ever differed", transform=spread.transAxes, ha="center")
@@ -987,15 +981,15 @@ def draw_figure(rows, summary, path):
     filters.yaxis.set_major_formatter("{x:.0f}")
     filters.set_xticklabels([layer.replace("stages.", "") for layer in layers], rotation=90, fontsize=6)
     accuracy.legend(fontsize=6 if len(arms) > 4 else None)
-    save_figure(figure, path)
+    common.save_figure(figure, path)
 
 
 def by_seed(rows, x, y):
     """[x values], [mean of y], [lowest], [highest] over the seeds, of the rows that have a y."""
     found = {}
     for row in rows:
-        if row[y]:
-            found.setdefault(float(row[x]), []).append(float(row[y]))
+        if row[y] is not None:
+            found.setdefault(row[x], []).append(row[y])
     return [sorted(found), *([f(found[key]) for key in sorted(found)] for f in (lambda v: sum(v) / len(v), min, max))]
 
 
@@ -1010,7 +1004,7 @@ def draw_figure_2(rows, datasets, path):
             axis.fill_between(x, low, high, color=f"C{which}", alpha=0.2)
         axis.set(xlabel="epoch", ylabel="test accuracy [%]", title=dataset)
     axes[0].legend()
-    save_figure(figure, path)
+    common.save_figure(figure, path)
 
 
 def draw_pruned(summary, path):
@@ -1027,7 +1021,7 @@ def draw_pruned(summary, path):
     axis.set(xscale="log", xlabel="weights kept in every convolution [%]", ylabel="test accuracy [%]")
     axis.xaxis.set_major_formatter("{x:g}")
     axis.legend(fontsize=7)
-    save_figure(figure, path)
+    common.save_figure(figure, path)
 
 
 def draw_sparse(rows, path):
@@ -1041,7 +1035,7 @@ def draw_sparse(rows, path):
     axes[0].set(xlabel="epoch", ylabel="test accuracy [%]")
     axes[1].set(xlabel="epoch", ylabel="weights of convolutions that are not 0 [%]")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    save_figure(figure, path)
+    common.save_figure(figure, path)
 
 
 def draw_signal(rows, path):
@@ -1059,40 +1053,21 @@ def draw_signal(rows, path):
         axis.set(yscale="log", title=title, xticks=range(len(layers)))
         axis.set_xticklabels([layer.replace("stages.", "") for layer in layers], rotation=90, fontsize=7)
     axes[0].legend()
-    save_figure(figure, path)
-
-
-def log_to_tensorboard(directory, rows):
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(directory) as board:
-        for row in rows:
-            for key, value in row.items():
-                if isinstance(value, (int, float)) and key not in ("step", "seed"):
-                    board.add_scalar(f"{key}/{row['arm']}/seed{row['seed']}", value, row["step"])
-
-
-def read_rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    common.save_figure(figure, path)
 
 
 def report(directory):
     """Figures and tables of a run from its files, so that they can be had again at any time."""
-    directory = pathlib.Path(directory)
-    try:
+    with common.finished_run(directory) as directory:
         arguments = json.loads((directory / "config.json").read_text())["arguments"]
-        if arguments.get("signal"):
-            return draw_signal(read_rows(directory / "signal.csv"), directory / "signal.png")
-        # The first keys are missing in runs of older versions.
-        summary = [{"arm": arm["order"], "diverged": False, "nonzero": math.nan, "active": math.nan, **arm}
-                   for arm in json.loads((directory / "summary.json").read_text())]
-        rows = read_rows(directory / "metrics.csv")
-    except (OSError, ValueError, KeyError) as error:
-        common.fail(f"argument --plot-only: {directory} holds no finished run ({error})")
+        if arguments["signal"]:
+            rows = common.read_csv(directory / "signal.csv", text=("arm", "layer"))
+            return draw_signal(rows, directory / "signal.png")
+        summary = json.loads((directory / "summary.json").read_text())
+        rows = common.read_csv(directory / "metrics.csv", text=("arm",))
     draw_figure(rows, summary, directory / "constnet.png")
     print_table(summary)
-    if arguments.get("table1") not in (None, False):   # older runs say True
+    if arguments["table1"] is not None:   # [] is all rows
         write_table_1(summary, directory)
     if arguments.get("figure2"):
         draw_figure_2(rows, arguments["figure2"], directory / "figure2.png")

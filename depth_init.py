@@ -20,11 +20,9 @@ summary.json, curves.png, layers.png, and done/ (every finished arm).
 Exit status: 0 done, 2 bad input, 3 an arm diverged (its rows are kept), 130 interrupted (finished arms are kept).
 """
 
-import csv
 import itertools
 import json
 import math
-import pathlib
 import sys
 
 import numpy as np
@@ -312,16 +310,6 @@ def train(args, arm, lr, data):
 
 # ------------------------------------------------------------------------------------------------------------- results
 
-NUMBERS = ("variance", "lr", "train_loss", "test_loss", "test_accuracy", "mean_square", *(f"q{q:g}" for q in QUANTILES))
-
-
-def read_rows(path):
-    with open(path, newline="") as file:
-        return [{key: None if value == "" else float(value) if key in NUMBERS else
-                 value if key in ("init", "scaling", "batch_norm", "quantity") else int(value)
-                 for key, value in row.items()} for row in csv.DictReader(file)]
-
-
 def arm_of(row):
     return tuple(row[key] for key in ARM)
 
@@ -403,8 +391,7 @@ def draw_figures(rows, layers, config, directory):
                 "linestyle": ("-", "--", ":", "-.")[variances.index(arm[2]) % 4]}
 
     def save(figure, name):
-        common.save_atomically(directory / name, lambda temporary: figure.savefig(temporary, format="png"))
-        plt.close(figure)
+        common.save_figure(figure, directory / name)
 
     figure, axes = plt.subplots(2, len(kinds), figsize=(4.2 * len(kinds), 6), squeeze=False, sharex=True, sharey="row",
                                 layout="constrained")
@@ -452,13 +439,11 @@ def draw_figures(rows, layers, config, directory):
 
 def report(directory):
     """Figures and tables of a run from its files, so that they can be had again at any time."""
-    directory = pathlib.Path(directory)
-    try:
-        rows, layers = read_rows(directory / "metrics.csv"), read_rows(directory / "layers.csv")
+    with common.finished_run(directory) as directory:
+        rows, layers = (common.read_csv(directory / name, text=("init", "scaling", "batch_norm", "quantity"))
+                        for name in ("metrics.csv", "layers.csv"))
         config = json.loads((directory / "config.json").read_text())["arguments"]
         summary = json.loads((directory / "summary.json").read_text())
-    except (OSError, ValueError, KeyError) as error:
-        common.fail(f"argument --plot-only: {directory} holds no finished run ({error})")
     draw_figures(rows, layers, config, directory)
 
     def between(row):
@@ -475,18 +460,13 @@ def report(directory):
               f"   {row['better']} against {row['worse']}")
 
 
-def log_to_tensorboard(directory, rows, layers):
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(directory) as board:
-        for row in rows:
-            for key in ("train_loss", "test_loss", "test_accuracy"):
-                if row[key] is not None:
-                    board.add_scalar(f"{key}/{'-'.join(map(str, arm_of(row)))}-{row['lr']:g}/seed{row['seed']}",
-                                     row[key], row["epoch"])
-        for row in layers:   # the quantiles as a histogram of five points
-            name = f"{row['quantity']}/{'-'.join(map(str, arm_of(row)))}-{row['lr']:g}/layer{row['layer']}"
-            board.add_histogram(name, np.array([row[f"q{q:g}"] for q in QUANTILES]), row["epoch"])
+def for_tensorboard(rows, layers):
+    """(name, value, step) of every number."""
+    for row in rows + layers:
+        keys, of = ((("train_loss", "test_loss", "test_accuracy"), f"seed{row['seed']}") if "seed" in row else
+                    ([f"q{q:g}" for q in QUANTILES], f"{row['quantity']}-layer{row['layer']}"))
+        for key in keys:
+            yield f"{key}/{'-'.join(map(str, arm_of(row)))}-{row['lr']:g}/{of}", row[key], row["epoch"]
 
 
 def main(argv=None):
@@ -512,7 +492,7 @@ def main(argv=None):
     common.write_csv(out / "layers.csv", at_best_rate(rows, layers)[1])
     common.write_json(out / "summary.json", summarise(rows))
     if args.tensorboard:
-        log_to_tensorboard(out / "tensorboard", rows, layers)
+        common.log_to_tensorboard(out, for_tensorboard(rows, layers))
     report(out)
     print(f"\n{out}/: curves.png, layers.png, metrics.csv, layers.csv, summary.json, config.json, done/")
     diverged = {arm_of(row) for row in at_best_rate(rows)[0] if not math.isfinite(row["train_loss"] or 0)}

@@ -15,12 +15,9 @@ summary.json, figure1.png, figure2.png and fm2.png.
 Exit status: 0 done, 2 bad input, 130 interrupted (finished parts are kept).
 """
 
-import csv
-import hashlib
 import itertools
 import json
 import math
-import pathlib
 import sys
 
 import numpy as np
@@ -92,8 +89,7 @@ def parse_arguments(argv=None):
 
 def stream(args, *key):
     """Random numbers of its own for every setting, so that no draw depends on what else is measured."""
-    seed = int.from_bytes(hashlib.sha256(repr((args.seed, *key)).encode()).digest()[:7], "little")
-    return torch.Generator(args.device).manual_seed(seed)
+    return torch.Generator(args.device).manual_seed(common.seed_of(args.seed, *key))
 
 
 def deviation(init, n_in, n_out):
@@ -306,10 +302,8 @@ PARTS = {"lengths": part_lengths, "start": part_start, "variance": part_variance
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def read_rows(path):
-    with open(path, newline="") as file:
-        return [{key: value if key in ("part", "setting", "quantity") else None if value == "" else float(value)
-                 for key, value in row.items()} for row in csv.DictReader(file)]
+def read_rows(directory):
+    return common.read_csv(directory / "metrics.csv", text=("part", "setting", "quantity"))
 
 
 def draw_figures(rows, directory):
@@ -327,8 +321,7 @@ def draw_figures(rows, directory):
                 draw(axis, sorted((row for row in mine if row["setting"] == setting), key=lambda row: row["x"]),
                      {"color": f"C{which}", "label": setting, "marker": "."})
         axes[0][0].legend(fontsize=7)
-        common.save_atomically(directory / name, lambda temporary: figure.savefig(temporary, format="png"))
-        plt.close(figure)
+        common.save_figure(figure, directory / name)
 
     def column(rows, key):
         return [row[key] for row in rows]
@@ -400,11 +393,9 @@ def summarise(rows):
 
 def report(directory):
     """Figures and table of a run from its files, so that they can be had again at any time."""
-    directory = pathlib.Path(directory)
-    try:
-        rows, summary = read_rows(directory / "metrics.csv"), json.loads((directory / "summary.json").read_text())
-    except (OSError, ValueError, KeyError) as error:
-        common.fail(f"argument --plot-only: {directory} holds no finished run ({error})")
+    with common.finished_run(directory) as directory:
+        rows = read_rows(directory)
+        summary = json.loads((directory / "summary.json").read_text())
     draw_figures(rows, directory)
     for part, quantity in dict.fromkeys((row["part"], row["quantity"]) for row in rows):
         mine = [row for row in rows if (row["part"], row["quantity"]) == (part, quantity)]
@@ -416,14 +407,6 @@ def report(directory):
             print(f"{row['setting']:<22}{row['depth']:>6.0f}{row['mean']:>12.4g}{row['low']:>12.4g}{row['high']:>12.4g}"
                   f"{theory:>12}{capped:>12}")
     print("\n" + json.dumps(summary, indent=1))
-
-
-def log_to_tensorboard(directory, rows):
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(directory) as board:
-        for row in rows:
-            board.add_scalar(f"{row['part']}/{row['quantity']}/{row['setting']}", row["mean"], int(row["depth"]))
 
 
 def main(argv=None):
@@ -448,10 +431,11 @@ def main(argv=None):
     if not common.first_process():
         return 0
     common.write_csv(out / "metrics.csv", [row for rows in done.values() for row in rows])
-    rows = read_rows(out / "metrics.csv")
+    rows = read_rows(out)
     common.write_json(out / "summary.json", summarise(rows))
     if args.tensorboard:
-        log_to_tensorboard(out / "tensorboard", rows)
+        common.log_to_tensorboard(out, ((f"{row['part']}/{row['quantity']}/{row['setting']}", row["mean"], row["depth"])
+                                        for row in rows))
     report(out)
     print(f"\n{out}/: figure1.png, figure2.png, fm2.png, metrics.csv, summary.json, config.json")
     return 0

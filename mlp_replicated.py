@@ -18,12 +18,10 @@ Exit status: 0 done, 2 bad input, 3 a cell diverged (its test error is left empt
 kept).
 """
 
-import csv
 import hashlib
 import itertools
 import json
 import math
-import pathlib
 import sys
 
 import numpy as np
@@ -122,8 +120,7 @@ def grid(args):
 
 def generator(*key, device="cpu"):
     """A stream of random numbers of its own for every key, so that no draw depends on which others were made."""
-    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
-    return torch.Generator(device).manual_seed(seed)
+    return torch.Generator(device).manual_seed(common.seed_of(*key))
 
 
 def initial_weights(cell, seed, inputs, classes, second_layer="random"):
@@ -272,13 +269,6 @@ def ordered_update(w1, gradient, x, groups, seeds, step, args):
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def read_rows(path):
-    """The rows of a CSV of ours, with their types."""
-    with open(path, newline="") as file:
-        return [{key: None if value == "" else float(value) if key in ("noise", "dropout", "test_error") else int(value)
-                 for key, value in row.items()} for row in csv.DictReader(file)]
-
-
 def cell_of(row):
     return tuple(row[key] for key in GRID)
 
@@ -388,8 +378,7 @@ def draw_figures(rows, directory):
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("{x:g}")
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center")
-        common.save_atomically(directory / path, lambda temporary: figure.savefig(temporary, format="png"))
-        plt.close(figure)
+        common.save_figure(figure, directory / path)
 
     def error_over_width(bars):
         def draw(axis, k, condition, style):
@@ -425,12 +414,9 @@ def draw_figures(rows, directory):
 
 def report(directory):
     """Figures and tables of a run from its files, so that they can be had again at any time."""
-    directory = pathlib.Path(directory)
-    try:
-        rows = read_rows(directory / "metrics.csv")
+    with common.finished_run(directory) as directory:
+        rows = common.read_csv(directory / "metrics.csv", text=())
         summary = json.loads((directory / "summary.json").read_text())
-    except (OSError, ValueError, KeyError) as error:
-        common.fail(f"argument --plot-only: {directory} holds no finished run ({error})")
     draw_figures(rows, directory)
     conditions = sorted({(cell["noise"], cell["dropout"]) for cell in summary["cells"]})
     for noise, dropout in conditions:
@@ -446,17 +432,6 @@ def report(directory):
         for row in summary["statements"]:
             print(f"  {row['statement']:<38}{row['statistic']}: "
                   f"{row['value']:.2f} ({row['low']:.2f} to {row['high']:.2f})")
-
-
-def log_to_tensorboard(directory, rows):
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(directory) as board:
-        for row in rows:
-            name = "N{}-K{}-noise{:g}-dropout{:g}".format(*cell_of(row))
-            for key in ("distinct", "distinct_to_1e-3", "test_error"):
-                if row[key] is not None:
-                    board.add_scalar(f"{key}/{name}/seed{row['seed']}", row[key], row["step"])
 
 
 def main(argv=None):
@@ -483,7 +458,7 @@ def main(argv=None):
 
     def finished(seed):
         path = out / "seeds" / f"{seed}.csv"
-        return read_rows(path) if path.exists() else []
+        return common.read_csv(path, text=()) if path.exists() else []
 
     left_out = len(args.widths) * len(args.features) * len(args.noise) * len(args.dropout) - len(cells)
     missing = {}   # cells still to be trained -> the seeds that miss just these
@@ -512,9 +487,11 @@ def main(argv=None):
     rows = sorted((row for seed in range(args.seeds) for row in finished(seed) if cell_of(row) in wanted),
                   key=lambda row: (*cell_of(row), row["seed"], row["step"]))
     common.write_csv(out / "metrics.csv", rows)
-    common.write_json(out / "summary.json", summarise(read_rows(out / "metrics.csv"), left_out))
+    common.write_json(out / "summary.json", summarise(common.read_csv(out / "metrics.csv", text=()), left_out))
     if args.tensorboard:
-        log_to_tensorboard(out / "tensorboard", rows)
+        common.log_to_tensorboard(out, (
+            ("{}/N{}-K{}-noise{:g}-dropout{:g}/seed{}".format(key, *cell_of(row), row["seed"]), row[key], row["step"])
+            for row in rows for key in ("distinct", "distinct_to_1e-3", "test_error")))
     report(out)
     print(f"\n{out}/: figure1.png, figure3.png, features.png, metrics.csv, summary.json, config.json, seeds/")
     diverged = sum(row["step"] == args.steps and row["test_error"] is None for row in rows)

@@ -17,11 +17,8 @@ broken.png. Runs end where the spread passes 3 %: nothing is left to measure.
 Exit status: 0 done, 2 bad input, 3 diverged (the metrics are kept), 130 interrupted (finished runs are kept).
 """
 
-import csv
-import hashlib
 import json
 import math
-import pathlib
 import sys
 import tempfile
 import threading
@@ -174,11 +171,6 @@ def layer_names(blocks):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def draw(*key):
-    """A generator seed that differs for every key."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
-
-
 def spread(weight):
     """||W - mean over output channels|| / ||W||; 0 where W is 0. In float64, where the mean of equal float32 values is
     that value, so that equal channels have a spread of exactly 0."""
@@ -196,7 +188,7 @@ def train(args, data, seed, p, convert):
     policy = ordered_reduce.convert(model, **{"splits": SPLITS, "seed": seed, **convert})
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
-    batches, masks = torch.Generator().manual_seed(draw(seed, "batches")), torch.Generator().manual_seed(seed)
+    batches, masks = torch.Generator().manual_seed(common.seed_of(seed, "batches")), torch.Generator().manual_seed(seed)
 
     def dropout(x):   # from a generator of its own: runs in other threads do not disturb it
         return x * (torch.rand(x.shape, generator=masks) >= p).to(x.device) / (1 - p) if p else x
@@ -323,18 +315,11 @@ def summarise(rows):
             f"minus {SEEDED}": differences(summary)}
 
 
-def read_rows(path):
-    with open(path, newline="") as file:
-        return [{key: value if key in ("part", "arm") else float(value) if key in ("spread", "loss") else int(value)
-                 for key, value in row.items()} for row in csv.DictReader(file)]
-
-
 def draw_figures(rows, summary, directory):
     plt = common.plot_style()
 
     def save(figure, name):
-        common.save_atomically(directory / name, lambda temporary: figure.savefig(temporary, format="png"))
-        plt.close(figure)
+        common.save_figure(figure, directory / name)
 
     def curves(axis, part):
         which = [arm["arm"] for arm in summary if arm["part"] == part]
@@ -373,12 +358,10 @@ def draw_figures(rows, summary, directory):
 
 def report(directory):
     """Figures and tables of a run from its files, so that they can be had again at any time."""
-    directory = pathlib.Path(directory)
-    try:
-        rows, found = read_rows(directory / "metrics.csv"), json.loads((directory / "summary.json").read_text())
+    with common.finished_run(directory) as directory:
+        rows = common.read_csv(directory / "metrics.csv", text=("part", "arm"))
+        found = json.loads((directory / "summary.json").read_text())
         summary = found["arms"]
-    except (OSError, ValueError, KeyError) as error:
-        common.fail(f"argument --plot-only: {directory} holds no finished run ({error})")
     draw_figures(rows, summary, directory)
 
     def cell(value, digits):
@@ -401,15 +384,6 @@ def report(directory):
     for arm, more in found[f"minus {SEEDED}"].items():
         if arm != SEEDED and more["passed"][0] is not None:
             print(f"{arm} minus {SEEDED}: rate {cell(more['rate'], 2)}, step of 1 % {cell(more['passed'], 3)}")
-
-
-def log_to_tensorboard(directory, rows):
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(directory) as board:
-        for row in rows:
-            for key in ("spread", "loss"):
-                board.add_scalar(f"{key}/{row['part']}/{row['arm']}/seed{row['seed']}", row[key], row["step"])
 
 
 def main(argv=None):
@@ -443,10 +417,11 @@ def main(argv=None):
         print("symmetry.py: diverged: the loss of {part}, {arm}, seed {seed} is not finite at step {step}; ".format(
             **diverged[0]) + f"try a smaller --lr (was {args.lr}); metrics: {out}/metrics.csv", file=sys.stderr)
         return 3
-    rows = read_rows(out / "metrics.csv")
+    rows = common.read_csv(out / "metrics.csv", text=("part", "arm"))
     common.write_json(out / "summary.json", summarise(rows))
     if args.tensorboard:
-        log_to_tensorboard(out / "tensorboard", rows)
+        common.log_to_tensorboard(out, ((f"{key}/{row['part']}/{row['arm']}/seed{row['seed']}", row[key], row["step"])
+                                        for row in rows for key in ("spread", "loss")))
     report(out)
     print(f"\n{out}/: spread.png, broken.png, metrics.csv, summary.json, config.json")
     return 0
