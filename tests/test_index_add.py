@@ -166,13 +166,13 @@ def test_opcheck_gradients_and_compile(device, order):
         return ordered_reduce.index_add(input, 1, index, source, order=order, splits=3).square()
 
     across = [t.detach().t().contiguous().requires_grad_() for t in (input, source)]
-    assert torch.autograd.gradcheck(f, across) and torch.autograd.gradgradcheck(f, across)
+    assert torch.autograd.gradcheck(f, across, check_forward_ad=True) and torch.autograd.gradgradcheck(f, across)
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     assert same_bits(compiled(*across), f(*across))
 
 
 @pytest.mark.parametrize("arguments,error,named", [
-    (dict(dim=2), IndexError, "dim=2"), (dict(index=torch.tensor([0, 3])), IndexError, "index 3.*size 3"),
+    (dict(dim=2), IndexError, "dim=2"), (dict(dim=0.5), TypeError, "float"), (dict(index=torch.tensor([0, 3])), IndexError, "index 3.*size 3"),
     (dict(index=torch.tensor([-1, 0])), IndexError, "index -1"), (dict(index=torch.zeros(1, 2).long()), IndexError, "vector.*2"),
     (dict(index=torch.tensor([0.0, 1.0])), RuntimeError, "index.*float32"), (dict(index=torch.tensor([0])), RuntimeError, "source"),
     (dict(source=torch.ones(2, 5)), RuntimeError, r"source.*\[2, 5\]"), (dict(source=torch.ones(2, 4).double()), RuntimeError, "float64"),

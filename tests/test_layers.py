@@ -1,5 +1,6 @@
 """conv2d, linear and convert: PyTorch's layers, but for the order in which a weight gradient's samples are added."""
 
+import contextlib
 import copy
 
 import ordered_reduce
@@ -296,10 +297,90 @@ def test_subclasses_are_left_alone_and_copies_are_independent():
     assert model[0].policy.count == 1 and twin[0].policy.count == 0
 
 
+def test_a_layer_with_two_names_and_a_model_made_elsewhere():
+    model = nn.Module()
+    model.a = nn.Linear(2, 2)
+    model.b, model.c = model.a, nn.Linear(2, 2)
+    assert ordered_reduce.convert(model, layers="b").layers == ["a"]
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 2))
+        ordered_reduce.convert(model, order="shuffled")
+        assert model(torch.ones(4, 3)).shape == (4, 2)
+    model.to_empty(device="cpu")
+    model(torch.randn(4, 3)).sum().backward()
+
+
+def test_the_last_of_several_gives_the_choice_of_kernels_back():
+    cudnn, repeating = torch.backends.cudnn, ordered_reduce.layers._repeating
+    chosen = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = False, True
+    try:
+        first, second = contextlib.ExitStack(), contextlib.ExitStack()
+        first.enter_context(repeating), second.enter_context(repeating), first.close()
+        assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
+        second.close()
+        assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
+    finally:
+        cudnn.deterministic, cudnn.benchmark = chosen
+
+
+def test_linear_keeps_what_its_backward_needs():
+    """As PyTorch's does: what is not needed may be changed in place, and takes no memory."""
+    weight, x = torch.randn(4, 3), torch.randn(5, 3)
+    grads = []
+    for f in (F.linear, ordered_reduce.linear):
+        y, w, bias = x.clone().requires_grad_() * 1, weight.clone(), torch.zeros(4, requires_grad=True)
+        out = f(y, w, bias)
+        with torch.no_grad():
+            y.add_(1), bias.add_(1)
+        grads.append(torch.autograd.grad(out.sum(), (y, bias)))
+        out = f(x, w.requires_grad_() * 1)
+        w.data.add_(1)
+        out.sum().backward()
+        grads[-1] += (w.grad,)
+    for expected, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 4, bias=False), lambda: nn.Conv2d(3, 4, 1, bias=False)])
+@pytest.mark.parametrize("of, given", [(torch.float32, torch.int64), (torch.float32, torch.uint8),
+                                       (torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str)
+def test_a_wrong_dtype_raises_as_pytorch_does(make, of, given):
+    layer = make()
+    x = torch.ones(2, 3, *[1] * (layer.weight.ndim - 2)).to(given)
+    model = nn.Sequential(layer.to(of))
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            model(x)
+        ordered_reduce.convert(model)
+
+
+def test_autocast_leaves_float64_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4, 2)).double()
+    ordered_reduce.convert(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.ones(2, 3, 1, 1).double()).dtype == torch.float64
+
+
+def test_shapes_that_pytorch_takes():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=(2,), padding=(1,), dilation=(1,)))
+    ordered_reduce.convert(model)
+    model(torch.randn(4, 3, 8, 8)).sum().backward()
+    for x, weight in (((5, 0), (3, 0)), ((5, 3), (0, 3)), ((5, 0, 4, 4), (2, 0, 3, 3))):
+        f = ordered_reduce.linear if len(x) == 2 else ordered_reduce.conv2d
+        weight = torch.randn(weight, requires_grad=True)
+        f(torch.randn(x), weight, splits=3).sum().backward()
+        assert weight.grad.shape == weight.shape
+    out = ordered_reduce.embedding(torch.tensor([0, 1]), weight := torch.randn(3, 0, requires_grad=True))
+    out.sum().backward()
+    assert weight.grad.shape == (3, 0)
+
+
 @pytest.mark.parametrize("arguments,named", [
     (dict(order="sorted"), "order.*'sorted'"), (dict(splits=0), "splits.*0"), (dict(scope="all"), "scope.*'all'"),
     (dict(layers="conv*"), r"'conv\*'.*0, 2, 3, 7"), (dict(layers=[]), "layers"), (dict(steps=(3, 3)), r"steps.*\(3, 3\)"),
-    (dict(steps=(-1, 3)), "steps"), (dict(seed=1 << 63), "seed"),
+    (dict(steps=(-1, 3)), "steps"), (dict(steps=(1,)), r"steps.*\(1,\)"), (dict(steps=5), "steps.*5"),
+    (dict(layers=["0", "head"]), "'head'.*0, 2, 3, 7"), (dict(seed=1 << 63), "seed"),
 ], ids=str)
 def test_convert_errors(arguments, named):
     with pytest.raises(ValueError, match=named):
@@ -311,8 +392,19 @@ def test_functional_errors_are_pytorchs():
     for f in (F.conv2d, ordered_reduce.conv2d):
         with pytest.raises(RuntimeError, match="expected input"):
             f(x, weight)
+        with pytest.raises(RuntimeError, match=r"Expected 3D \(unbatched\) or 4D \(batched\) input"):
+            f(torch.randn(5, 5), torch.randn(1, 1, 3, 3))
     for f in (F.linear, ordered_reduce.linear):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             f(torch.randn(2, 3), torch.randn(4, 5))
+    for f, shape in ((ordered_reduce.linear, (2, 3)), (ordered_reduce.conv2d, (2, 3, 1, 1))):
+        x = torch.randn(shape, dtype=torch.complex64)
+        with pytest.raises(NotImplementedError, match="complex64"):
+            f(x, x)
+    for wrong in (dict(splits=2.5), dict(seed=1.5)):
+        with pytest.raises(TypeError, match="float"):
+            ordered_reduce.convert(network(), **wrong)
+    with pytest.raises(ValueError, match="step.*-5"):
+        ordered_reduce.convert(network()).load_state_dict({"step": -5})
     with pytest.raises(ValueError, match="order.*'x'"):
         ordered_reduce.linear(torch.randn(2, 3), torch.randn(4, 3), order="x")

@@ -127,10 +127,11 @@ def test_bfloat16_weights(device):
 
 
 def test_special_values(device):
-    values = torch.tensor([math.inf, -math.inf, math.nan, 3.4028234663852886e38, 0.0], device=device)
+    values = torch.tensor([math.inf, -math.inf, math.nan, 3.4028234663852886e38, 0.0, *[-0.0] * 20], device=device)
     for options in (dict(noise="gaussian", ulps=0.5), dict(noise="stochastic")):
         got = gradient(values, **options)
         torch.testing.assert_close(got, values, equal_nan=True, rtol=0, atol=0)
+        assert torch.equal(got.signbit(), values.signbit())
 
 
 @pytest.mark.parametrize("arguments", KINDS, ids=str)
@@ -246,6 +247,20 @@ def test_compiles_once_for_all_steps(device, arguments):
 def test_errors(arguments, named):
     with pytest.raises(ValueError, match=named):
         ordered_reduce.convert(network(), **arguments)
+
+
+def test_keys_are_checked():
+    for key in (dict(seed=1 << 64), dict(op=-1), dict(op=1 << 32)):
+        with pytest.raises(ValueError, match=next(iter(key))):
+            ordered_reduce.noisy(torch.ones(2), "gaussian", **key)
+
+
+def test_flips_leave_the_padding_alone():
+    model = torch.nn.Sequential(torch.nn.Embedding(3, 4, padding_idx=1))
+    for order in ("fixed", "native"):
+        ordered_reduce.convert(model, order=order, noise="flip", flips=2000, bit=20)
+        model(torch.tensor([0, 1, 2])).sum().backward()
+        assert not model[0].weight.grad[1].any() and (model[0].weight.grad != 1).sum() > 4
 
 
 def test_errors_of_dtype():

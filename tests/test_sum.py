@@ -180,6 +180,13 @@ def test_every_key_counts(key):
     assert not same_bits(a, b) and same_bits(a, ordered_reduce.sum(x, 0, order="shuffled", **{key: 1}))
 
 
+def test_whatever_the_default_device():
+    x = noise(9, 5)
+    expected = ordered_reduce.sum(x, 0, order="shuffled", step=3)
+    with torch.device("meta"):
+        assert same_bits(ordered_reduce.sum(x, 0, order="shuffled", step=3), expected)
+
+
 def test_step_as_tensor(device):
     x = noise(64, 300).to(device)
     expected = ordered_reduce.sum(x, 0, order="shuffled", step=9)
@@ -234,6 +241,7 @@ def test_special_values(device, order):
 
 
 def test_empty_shapes(device):
+    assert torch.equal(ordered_reduce.sum(torch.ones(2, 3, device=device), []), torch.tensor(6.0, device=device))
     for shape, dim in [((0,), None), ((0, 3), 0), ((0, 3), 1), ((3, 0, 2), (0, 1)), ((2, 0), 1)]:
         x = torch.empty(shape, device=device)
         expected = x.sum() if dim is None else x.sum(dim)
@@ -291,7 +299,8 @@ def test_gradients(device, dim, keepdim, order):
     def f(x):
         return ordered_reduce.sum(x.square(), dim, keepdim, order=order, splits=3)
 
-    assert torch.autograd.gradcheck(f, (x,)) and torch.autograd.gradgradcheck(f, (x,))
+    assert torch.autograd.gradcheck(f, (x,), check_forward_ad=True) and torch.autograd.gradgradcheck(f, (x,))
+    torch.testing.assert_close(torch.func.jvp(f, (x.detach(),), (x.detach(),))[1], 2 * f(x))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(
@@ -310,6 +319,7 @@ def test_compiles_without_graph_breaks(device, backend):
     (dict(order="random"), ValueError, "order.*'random'"), (dict(order="native"), ValueError, "order.*'native'"),
     (dict(scope="layer"), ValueError, "scope.*'layer'"), (dict(splits=0), ValueError, "splits.*0"),
     (dict(splits=-3), ValueError, "splits.*-3"), (dict(order="shuffled", splits=1 << 19), ValueError, "splits.*524288"),
+    (dict(step=1 << 32, order="shuffled"), ValueError, "step.*4294967296"), (dict(step=1.5), TypeError, "float"),
     (dict(op=-1), ValueError, "op.*-1"), (dict(seed=1 << 64), ValueError, "seed.*18446744073709551616"),
     (dict(dim=2), IndexError, "dim=2"), (dict(dim=-3), IndexError, "dim=-3"), (dict(dim=(0, 0)), RuntimeError, "dim=0"),
     (dict(x=[1.0, 2.0]), TypeError, "'x'.*list"), (dict(x=torch.ones(3, dtype=torch.int64)), NotImplementedError, "int64"),

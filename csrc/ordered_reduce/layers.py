@@ -7,8 +7,12 @@ input's gradient) is PyTorch's; a bias gradient is summed in fixed order in ever
 row of an embedding's gradient are the gradients of the places where its number stands: `ordered_reduce.index_add`.
 """
 
+import contextlib
 import fnmatch
 import functools
+import itertools
+import operator
+import threading
 
 import torch
 from torch import nn
@@ -24,16 +28,26 @@ MOST_APART = 64   # partial gradients that one kernel adds where they lie: Apart
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
-def _autocast(x, *others):
-    """x, and the other tensors or None, in the dtype that autocast asks for."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        return tuple(None if t is None else t.to(dtype) for t in (x, *others))
-    return (x, *others)
+def _autocast(x, weight, bias):
+    """x and bias as autocast would have them, and the dtype in which the weight is to be used."""
+    device, used = x.device.type, weight.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, bias = (t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+                   for t in (x, bias))
+        used = dtype if used != torch.float64 else used
+    if used == torch.float64 and x.is_floating_point():   # stochastic rounding has made it float64
+        used = x.dtype
+    return x, bias, used
+
+
+def _need_real(function, weight):
+    if weight.is_complex():
+        raise NotImplementedError(f"ordered_reduce.{function} is not implemented for a weight of dtype {weight.dtype}")
 
 
 def _pair(value):
-    return [value, value] if isinstance(value, int) else list(value)
+    return [value, value] if isinstance(value, int) else list(value) * (3 - len(value))   # PyTorch takes (1,), too
 
 
 def _whole(t, dim):
@@ -50,17 +64,29 @@ def _convolution_gradient(grad, x, weight, conv, which):
                                  [which == 0, which == 1, False])[which]
 
 
-def _repeating(f, *arguments):
-    """f(*arguments) with those of cuDNN's kernels that repeat, whatever the user chose for the rest."""
-    if torch.compiler.is_compiling():   # then the user's choice stands
-        return f(*arguments)
-    cudnn = torch.backends.cudnn
-    chosen = cudnn.deterministic, cudnn.benchmark
-    cudnn.deterministic, cudnn.benchmark = True, False
-    try:
-        return f(*arguments)
-    finally:
-        cudnn.deterministic, cudnn.benchmark = chosen
+class _Repeating:
+    """`with _repeating:` those of cuDNN's kernels that repeat are taken, whatever the user chose for the rest. The
+    choice belongs to the process, and backward passes of several devices run side by side: the last gives it back."""
+
+    def __init__(self):
+        self.lock, self.inside, self.chosen = threading.Lock(), 0, None
+
+    def __enter__(self):
+        cudnn = torch.backends.cudnn
+        with self.lock:
+            if self.inside == 0:
+                self.chosen = cudnn.deterministic, cudnn.benchmark
+                cudnn.deterministic, cudnn.benchmark = True, False
+            self.inside += 1
+
+    def __exit__(self, *_):
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = self.chosen
+
+
+_repeating = _Repeating()
 
 
 @functools.cache
@@ -131,7 +157,8 @@ def _conv2d_weight_partials(grad, x, weight, conv, splits):
         weight = weight.new_empty(grad.shape[1], x.shape[1], *shape[2:])   # its values are not used
     G = max(1, min(splits, x.shape[0]))
     groups = list(zip(grad.tensor_split(G), x.tensor_split(G), strict=True))
-    partials = _repeating(_side_by_side, lambda g, s: _convolution_gradient(g, s, weight, conv, 1), groups, x.device)
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else _repeating:   # there the user's choice stands
+        partials = _side_by_side(lambda g, s: _convolution_gradient(g, s, weight, conv, 1), groups, x.device)
     return [partial[:shape[0], :shape[1]] for partial in partials]
 
 
@@ -154,16 +181,18 @@ def _(partials, like, *_):
     return like.new_empty(partials[0].shape)
 
 
-def _add_partials(partials, samples, weight, order, splits, seed, step, op, scope):
-    """The sum of G partial gradients, a list of tensors or one (G, ...), in the order and in weight's dtype; on a GPU
-    where they lie, in one kernel, if that can be."""
-    of, to = partials[0].dtype, weight.dtype
-    if (partials[0].is_cuda and order in ("fixed", "shuffled") and len(partials) <= MOST_APART
-            and not torch.is_grad_enabled() and (of == to or (of.itemsize == 2 and to == torch.float32))):
-        key = order_arguments(partials[0], "shuffled", splits, seed, step, op, scope)[2:] if order == "shuffled" else ()
-        return torch.ops.ordered_reduce.add_partials(list(partials), weight, order == "shuffled", *key)
+def _add_partials(partials, samples, dtype, order, splits, seed, step, op, scope):
+    """The sum of G partial gradients, a list of tensors or one (G, ...), in the order and in dtype, the weight's; on a
+    GPU where they lie, in one kernel, if that can be."""
+    first = partials[0]
+    if (first.is_cuda and order in ("fixed", "shuffled") and len(partials) <= MOST_APART and first.numel() < 1 << 31
+            and not torch.is_grad_enabled()
+            and (first.dtype == dtype or (first.dtype.itemsize == 2 and dtype == torch.float32))):
+        key = order_arguments(first, "shuffled", splits, seed, step, op, scope)[2:] if order == "shuffled" else ()
+        like = first.new_empty(0, dtype=dtype)
+        return torch.ops.ordered_reduce.add_partials(list(partials), like, order == "shuffled", *key)
     partials = torch.stack(partials) if isinstance(partials, list) else partials
-    partials = partials.to(weight.dtype)   # half types under autocast: they are added in the weight's own precision
+    partials = partials.to(dtype)          # half types under autocast: they are added in the weight's own precision
     if order == "arrival":                 # a tape holds the number of samples, to know another batch size by
         return arrival(partials, 1, False, splits, step, op, samples)
     return sum(partials, 0, order=order, splits=splits, seed=seed, step=step, op=op, scope=scope)
@@ -172,14 +201,14 @@ def _add_partials(partials, samples, weight, order, splits, seed, step, op, scop
 # Both backward passes are made of differentiable operations, so double backward works as it does for PyTorch's layers.
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, conv, order):
-        ctx.save_for_backward(x, weight, bias)
-        ctx.conv, ctx.order = conv, order
-        return F.conv2d(x, weight.to(x.dtype), bias, *conv)
+    def forward(ctx, x, weight, bias, used, conv, order):
+        ctx.save_for_backward(x, weight)
+        ctx.conv, ctx.order, ctx.bias_dtype = conv, order, None if bias is None else bias.dtype
+        return F.conv2d(x, weight.to(used), bias, *conv)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, bias = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         grad_x, grad_weight, grad_bias = None, None, None
         # On the CPU both at once: calls from Python would be a tenth of a small network's step.
@@ -194,62 +223,69 @@ class _Conv2d(torch.autograd.Function):
                 grad_x = _convolution_gradient(grad, x, used, ctx.conv, 0)
             if of_weight:
                 partials = _conv2d_weight_partials(grad, x, used, ctx.conv, ctx.order[1])
-                grad_weight = _add_partials(partials, len(x), weight, *ctx.order)
+                grad_weight = _add_partials(partials, len(x), weight.dtype, *ctx.order)
         if of_bias:
-            grad_bias = sum(grad, (0, 2, 3)).to(bias.dtype)
-        return grad_x if of_x else None, grad_weight, grad_bias, None, None
+            grad_bias = sum(grad, (0, 2, 3)).to(ctx.bias_dtype)
+        return grad_x if of_x else None, grad_weight, grad_bias, None, None, None
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, order):
-        ctx.save_for_backward(x, weight, bias)
-        ctx.order = order
-        return F.linear(x, weight.to(x.dtype), bias)
+    def forward(ctx, x, weight, bias, used, order):
+        of_x, of_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)   # what backward needs, as PyTorch
+        ctx.order, ctx.used, ctx.dtype, ctx.bias_dtype = order, used, weight.dtype, None if bias is None else bias.dtype
+        return F.linear(x, weight.to(used), bias)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, bias = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = None, None, None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight.to(x.dtype)
+            grad_x = grad @ weight.to(ctx.used)
         if ctx.needs_input_grad[1]:
-            grad_weight = _add_partials(_linear_weight_partials(grad, x, ctx.order[1]), len(x), weight, *ctx.order)
+            grad_weight = _add_partials(_linear_weight_partials(grad, x, ctx.order[1]), len(x), ctx.dtype, *ctx.order)
         if ctx.needs_input_grad[2]:
-            grad_bias = sum(grad, tuple(range(grad.ndim - 1))).to(bias.dtype)
-        return grad_x, grad_weight, grad_bias, None
+            grad_bias = sum(grad, tuple(range(grad.ndim - 1))).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, order="fixed", splits=8, seed=0,
            step=0, op=0, scope="output"):
     """torch.nn.functional.conv2d with the weight gradient's samples added in the given order.
 
-    x is (batch, in, height, width) or (in, height, width), weight (out, in / groups, kh, kw), padding numbers. The
-    order arguments are those of `ordered_reduce.sum`; order="native" is PyTorch's own layer. The output and its errors
-    are PyTorch's; a wrong order argument raises ValueError.
+    x is (batch, in, height, width) or (in, height, width), weight (out, in / groups, kh, kw), bias (out,) or None;
+    stride, padding and dilation are an int or two. The output, (batch, out, height, width) or (out, height, width), and
+    its errors are PyTorch's. The order arguments are those of `ordered_reduce.sum`; order="native" is PyTorch's own
+    layer. A wrong one raises ValueError, a complex weight NotImplementedError. (A float64 weight, as `noisy` makes it
+    for stochastic rounding, is used in the dtype of x.)
     """
     check_order(order, splits, seed, op, scope, LAYER_ORDERS)
-    if order == "native":
+    _need_real("conv2d", weight)
+    if order == "native" or weight.numel() == 0 or x.ndim not in (3, 4):   # nothing to add, or PyTorch's error
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    x, bias = _autocast(x, bias)
+    x, bias, used = _autocast(x, weight, bias)
     batched = x if x.ndim == 4 else x.unsqueeze(0)
     conv = (_pair(stride), _pair(padding), _pair(dilation), groups)
-    out = _Conv2d.apply(batched, weight, bias, conv, (order, splits, seed, step, op, scope))
+    out = _Conv2d.apply(batched, weight, bias, used, conv, (order, splits, seed, step, op, scope))
     return out if x.ndim == 4 else out.squeeze(0)
 
 
 def linear(x, weight, bias=None, *, order="fixed", splits=8, seed=0, step=0, op=0, scope="output"):
     """torch.nn.functional.linear with the weight gradient's samples added in the given order.
 
-    x is (batch, ..., in) or (in,), weight (out, in). The samples are x's first dimension. The order arguments are
-    those of `ordered_reduce.sum`; order="native" is PyTorch's own layer. A wrong one raises ValueError.
+    x is (batch, ..., in) or (in,), weight (out, in), bias (out,) or None; the samples are x's first dimension. The
+    output, (batch, ..., out) or (out,), and its errors are PyTorch's. The order arguments are those of
+    `ordered_reduce.sum`; order="native" is PyTorch's own layer. A wrong one raises ValueError, a complex weight
+    NotImplementedError. (A float64 weight: see `conv2d`.)
     """
     check_order(order, splits, seed, op, scope, LAYER_ORDERS)
-    if order == "native":
+    _need_real("linear", weight)
+    if order == "native" or weight.numel() == 0 or weight.ndim != 2:   # nothing to add, or not a layer's
         return F.linear(x, weight, bias)
-    x, bias = _autocast(x, bias)
+    x, bias, used = _autocast(x, weight, bias)
     batched = x if x.ndim > 1 else x.unsqueeze(0)
-    out = _Linear.apply(batched, weight, bias, (order, splits, seed, step, op, scope))
+    out = _Linear.apply(batched, weight, bias, used, (order, splits, seed, step, op, scope))
     return out if x.ndim > 1 else out.squeeze(0)
 
 
@@ -267,7 +303,7 @@ class _Embedding(torch.autograd.Function):
         grad_weight = index_add(grad.new_zeros(ctx.shape), 0, input.reshape(-1), grad.reshape(-1, ctx.shape[1]),
                                 **dict(zip(names, ctx.order, strict=True)))
         if ctx.padding_idx is not None:
-            grad_weight = grad_weight.index_fill(0, input.new_tensor([ctx.padding_idx]).long(), 0)
+            grad_weight = torch.select_scatter(grad_weight, grad_weight.new_zeros(ctx.shape[1]), 0, ctx.padding_idx)
         return None, grad_weight, None, None
 
 
@@ -279,7 +315,7 @@ def embedding(input, weight, padding_idx=None, *, order="fixed", splits=8, seed=
     are PyTorch's; a wrong order argument raises ValueError.
     """
     check_order(order, splits, seed, op, scope, (*ORDERS, "native"))
-    if order == "native":
+    if order == "native" or weight.numel() == 0:   # nothing to add
         return F.embedding(input, weight, padding_idx)
     check_tensor("embedding", "weight", weight)
     if padding_idx is not None:
@@ -312,7 +348,10 @@ class Embedding(nn.Embedding):
     """nn.Embedding whose weight gradient follows self.policy; made by `convert`."""
 
     def forward(self, input):
-        weight = self.policy.noisy(self.weight, self.op)   # float64 for stochastic rounding
+        weight = self.weight
+        if self.policy.noise_now == "flip" and self.padding_idx is not None:   # the row that no gradient reaches
+            weight = torch.select_scatter(weight, weight[self.padding_idx].detach(), 0, self.padding_idx)
+        weight = self.policy.noisy(weight, self.op)   # float64 for stochastic rounding
         return embedding(input, weight, self.padding_idx, **self.policy.arguments(self.op)).to(self.weight.dtype)
 
 
@@ -339,13 +378,15 @@ class Policy:
         check_noise(noise, ulps, flips, bit)
         if order == "native" and noise == "stochastic":
             raise ValueError("order must be another than 'native' with noise='stochastic', which rounds its sum")
-        if steps is not None and not 0 <= steps[0] < steps[1]:
-            raise ValueError(f"steps must be (first, end) with 0 <= first < end; got {tuple(steps)}")
+        pair = isinstance(steps, (tuple, list)) and len(steps) == 2
+        if steps is not None and not (pair and 0 <= steps[0] < steps[1]):
+            raise ValueError(f"steps must be (first, end) with 0 <= first < end; got {steps}")
+        splits, seed = operator.index(splits), operator.index(seed)
         self.order, self.splits, self.seed, self.scope, self.steps = order, splits, seed, scope, steps
         self.noise, self.ulps, self.flips, self.bit = noise, ulps, flips, bit
         self.layers = []
         # A tensor, not a number, so that torch.compile does not compile every step anew.
-        self._step = torch.zeros((), dtype=torch.int64)
+        self._step = torch.zeros((), dtype=torch.int64, device="cpu")   # wherever `with torch.device` makes the model
         self.load_state_dict({"step": 0})
 
     def step(self):
@@ -361,9 +402,13 @@ class Policy:
         return self
 
     def state_dict(self):
+        """{"step": the optimizer steps so far}: keep it beside the model's and the optimizer's."""
         return {"step": self.count}
 
     def load_state_dict(self, state):
+        """Continues after the step of that state_dict. Raises ValueError for a step below 0 or of 2**32 or more."""
+        if not 0 <= state["step"] < 1 << 32:
+            raise ValueError(f"step must lie in [0, 2**32); got {state['step']}")
         self.count = state["step"]
         self._step.fill_(self.count)
         inside = self.steps is None or self.steps[0] <= self.count < self.steps[1]
@@ -386,30 +431,41 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     noise or without.
 
     Parameters, names, hooks and state_dict stay as they are. A layer that is converted already follows the new policy.
-    The partial gradients are PyTorch's, on a GPU by those of cuDNN's kernels that repeat (in compiled code only under
-    torch.use_deterministic_algorithms(True), which the other operations of a GPU need in any case).
+    A layer that is called several times in a step draws the same order every time. The partial gradients are PyTorch's,
+    on a GPU by those of cuDNN's kernels that repeat (in compiled code only under
+    torch.use_deterministic_algorithms(True), which the other operations of a GPU need in any case). Derivatives by
+    torch.func's transforms are refused.
 
     Args:
-      model: any nn.Module. Subclasses of these layers are left alone, for they may compute something else; so are
+      model: any nn.Module. Subclasses of these layers, parametrized layers among them, are left alone, for they may
+        compute something else; so are weights that no such layer applies (in attention, recurrent layers), and
         embeddings with max_norm, scale_grad_by_freq or sparse.
       order: "fixed", "shuffled", "atomic", "exact" (but for embeddings, of partial gradients that are rounded),
         "arrival" (not for embeddings) or "native" (PyTorch's own gradient).
       splits, seed, scope: as in `ordered_reduce.sum`; a batch smaller than splits makes fewer groups.
-      layers: glob pattern, or list of them, of layer names ("*", "stages.0.*", ["stem", "head"]). Others stay as they
-        are. A layer's op, the number its draws are keyed by, is its place among all layers of the model, whatever is
-        chosen.
+      layers: glob pattern, or list of them, of layer names ("*", "stages.0.*", ["stem", "head"]), each of which
+        matches one at least. Others stay as they are. A layer's op, the number its draws are keyed by, is its place
+        among all layers of the model, whatever is chosen.
       steps: (first, end), the steps first <= step < end at which `order` and `noise` are in force; "fixed" and none
         outside. None: always.
       noise, ulps, flips, bit: as in `ordered_reduce.noisy`, in the weight gradients of the same layers.
 
-    Returns the Policy; call its step() after each optimizer step. Raises ValueError for a wrong argument or where no
-    layer matches.
+    Returns the Policy; call its step() after each optimizer step. Raises ValueError for a wrong argument or where a
+    pattern matches no layer, TypeError for splits or a seed that is no integer.
     """
     policy = Policy(order, splits, seed, scope, steps, noise, ulps, flips, bit)
     patterns = [layers] if isinstance(layers, str) else list(layers)
-    candidates = [(name, module) for name, module in model.named_modules() if _convertible(module)]
-    chosen = [(op, name, module) for op, (name, module) in enumerate(candidates)
-              if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    candidates = {}   # a layer may have several names
+    for name, module in model.named_modules(remove_duplicate=False):
+        if _convertible(module):
+            candidates.setdefault(module, []).append(name)
+    for pattern in patterns or [""]:
+        if not any(fnmatch.filter(names, pattern) for names in candidates.values()):
+            known = ", ".join(itertools.chain(*candidates.values())) or "none"
+            raise ValueError(f"layers matches no layer: {pattern!r}; the model's layers that can be converted are: "
+                             f"{known}")
+    chosen = [(op, names[0], module) for op, (module, names) in enumerate(candidates.items())
+              if any(fnmatch.filter(names, pattern) for pattern in patterns)]
     embeddings = [name for _, name, module in chosen if isinstance(module, nn.Embedding)]
     if order == "arrival" and embeddings:
         raise ValueError(f"order='arrival' is not for embeddings: choose layers without {', '.join(embeddings)}")
@@ -417,7 +473,4 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
         module.__class__ = _convertible(module)
         module.policy, module.op = policy, op
         policy.layers.append(name)
-    if not policy.layers:
-        names = ", ".join(name for name, _ in candidates) or "none"
-        raise ValueError(f"layers matches no layer: {layers!r}; the model's layers that can be converted are: {names}")
     return policy

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from .ops import check_key
+
 NOISES = ("gaussian", "stochastic", "flip")
 _WORD = (1 << 32) - 1
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}   # by bytes
@@ -48,8 +50,8 @@ def _perturb(grad, dtype, noise, ulps, flips, bit, *key):
         normal = torch.cat([radius * angle.cos(), radius * angle.sin()])[:n]
         size = grad.abs()
         ulp = torch.nextafter(size, torch.full_like(size, math.inf)).double() - size.double()
-        ulp = ulp.where((size > 0) & ulp.isfinite(), 0.0)
-        return _round_stochastically(grad.double() + ulps * normal * ulp, dtype, u[2:].flatten()[:n])
+        moved = (grad.double() + ulps * normal * ulp).where((size > 0) & ulp.isfinite(), grad.double())
+        return _round_stochastically(moved, dtype, u[2:].flatten()[:n])
     words = _philox(math.ceil(flips) if n else 0, *key)
     chosen, chance = words[0] * n >> 32, flips - torch.arange(words.shape[1], device=grad.device)   # 1 or more: certain
     drawn = words[1] < chance * (1 << 32)
@@ -114,9 +116,10 @@ def noisy(weight, noise, *, ulps=1.0, flips=1.0, bit=0, seed=0, step=0, op=0):
 
     But for flips, zero, infinite and NaN entries stay what they are: zeros in any order add up to zero, too. (CPU and
     GPU may differ in the last float64 bit of a normal draw, which changes a rounding once in about 2**50 draws.) Raises
-    ValueError for noise, ulps, flips or bit, NotImplementedError for the weight's dtype.
+    ValueError for noise, ulps, flips, bit, seed or op, NotImplementedError for the weight's dtype.
     """
     check_noise(noise, ulps, flips, bit)
+    check_key(seed, op)
     if noise is None:
         return weight
     bits = 8 * weight.element_size()

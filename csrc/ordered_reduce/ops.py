@@ -2,9 +2,11 @@
 
 import importlib.machinery
 import math
+import operator
 import pathlib
 
 import torch
+from torch.autograd import forward_ad
 
 from . import tape
 
@@ -39,6 +41,11 @@ def check_order(order, splits, seed, op, scope, orders=ORDERS):
         raise ValueError(f"splits must be at least 1; got {splits}")
     if order == "shuffled" and splits > MOST_SHUFFLED:
         raise ValueError(f"splits must be at most {MOST_SHUFFLED} with order='shuffled'; got {splits}")
+    check_key(seed, op)
+
+
+def check_key(seed, op):
+    """Raises ValueError naming the argument, its value and what would be valid."""
     if not 0 <= op < 1 << 32:
         raise ValueError(f"op must lie in [0, 2**32); got {op}")
     if not -1 << 63 <= seed < 1 << 63:
@@ -67,7 +74,9 @@ def order_arguments(x, order, splits, seed, step, op, scope, name="x"):
 def _step(step, order, name, x):
     """step as the operators take it."""
     if isinstance(step, int) or not isinstance(step, torch.Tensor):   # an int is found out sooner
-        return torch.full((), step, dtype=torch.int64) if order == "shuffled" else None
+        if not 0 <= operator.index(step) < 1 << 32:
+            raise ValueError(f"step must lie in [0, 2**32); got {step}")
+        return torch.full((), step, dtype=torch.int64, device="cpu") if order == "shuffled" else None
     if step.device.type != "cpu" and step.device != x.device:
         raise RuntimeError("Expected all tensors to be on the same device, but found step on "
                            f"{step.device} and {name} on {x.device}")
@@ -86,7 +95,7 @@ def _mask(dim, ndim):
 
 
 def _dims(dim, ndim):
-    if dim == ():
+    if dim in ((), []):
         return list(range(ndim))
     dims, low, high = [], -max(ndim, 1), max(ndim, 1) - 1
     for d in [dim] if isinstance(dim, int) else list(dim):
@@ -136,8 +145,8 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
     sum it is half a unit in the last place.
 
     Raises TypeError where x is no tensor, NotImplementedError for its dtype, IndexError for dim, ValueError for order,
-    splits, seed, op or scope, RuntimeError for a step on another device, or for a CUDA tensor where the CUDA kernels
-    were not built.
+    splits, seed, step, op or scope, RuntimeError for a step on another device, or for a CUDA tensor where the CUDA
+    kernels were not built.
     """
     check_tensor("sum", "x", x)
     check_order(order, splits, seed, op, scope, SUM_ORDERS)
@@ -146,9 +155,22 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
         _step(step, order, "x", x)
         return arrival(x, dims, keepdim, splits, step, op)
     call = _sum if x.requires_grad and torch.is_grad_enabled() else _sum_forward
+    if forward_ad._current_level >= 0:
+        key = order_arguments(x, order, splits, seed, step, op, scope)
+        return _with_tangents(lambda x: _sum(x, dims, keepdim, *key), x)
     if order == "fixed" and type(step) is int:   # the most frequent case; of a small sum, each call here is a percent
         return call(x, dims, keepdim, splits)
     return call(x, dims, keepdim, *order_arguments(x, order, splits, seed, step, op, scope))
+
+
+def _with_tangents(f, *tensors):
+    """f(*tensors) and its forward derivative: f is linear, so that is f of the tangents."""
+    pairs = [forward_ad.unpack_dual(t) for t in tensors]
+    value = f(*(pair.primal for pair in pairs))
+    if all(pair.tangent is None for pair in pairs):
+        return value
+    return forward_ad.make_dual(value, f(*(torch.zeros_like(pair.primal) if pair.tangent is None else pair.tangent
+                                           for pair in pairs)))
 
 
 # One kernel under two names: PyTorch enters Python for an operator that has a derivative, which takes longer than a
@@ -206,7 +228,7 @@ def index_add(input, dim, index, source, *, order="fixed", splits=8, seed=0, ste
     if input.ndim == 0 or source.ndim == 0:   # as a vector of one element
         return index_add(input.reshape(-1) if input.ndim == 0 else input, dim, index, source.reshape(-1), order=order,
                          splits=splits, seed=seed, step=step, op=op, scope=scope).reshape(input.shape)
-    dim, = _dims(int(dim), input.ndim)
+    dim, = _dims(operator.index(dim), input.ndim)
     if index.ndim > 1:
         raise IndexError(f"index_add(): Index is supposed to be a vector, but got dim: {index.ndim}")
     if index.dtype not in (torch.int64, torch.int32):
@@ -231,8 +253,12 @@ def index_add(input, dim, index, source, *, order="fixed", splits=8, seed=0, ste
     differentiated = torch.is_grad_enabled() and (input.requires_grad or source.requires_grad)
     call = _index_add if differentiated else _index_add_forward
     x, terms = (input, source) if dim == 0 else (input.movedim(dim, 0), source.movedim(dim, 0))
+    key = order_arguments(input, order, splits, seed, step, op, scope, "input")
     try:
-        result = call(x, index, terms, segments, *order_arguments(input, order, splits, seed, step, op, scope, "input"))
+        if forward_ad._current_level >= 0:
+            result = _with_tangents(lambda x, terms: _index_add(x, index, terms, segments, *key), x, terms)
+        else:
+            result = call(x, index, terms, segments, *key)
     except RuntimeError:
         if not index.is_cuda:
             _check_range(index, dim, rows)
