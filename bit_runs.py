@@ -18,8 +18,8 @@ import itertools
 import json
 import math
 import pathlib
+import statistics
 import sys
-from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -124,9 +124,11 @@ def layers_of(state):
     tell: a batch norm has running statistics, a fully connected layer's weight has two dimensions."""
     for name, tensor in state.items():
         prefix, _, last = name.rpartition(".")
-        if last not in ("weight", "bias") or tensor.dtype != torch.float32:
+        weight = state.get(f"{prefix}.weight" if prefix else "weight")   # of a bias, too
+        if (last not in ("weight", "bias") or weight is None or tensor.dtype != torch.float32 or tensor.is_meta
+                or tensor.layout != torch.strided):
             continue
-        dimensions = state[f"{prefix}.weight" if prefix else "weight"].ndim if last == "bias" else tensor.ndim
+        dimensions = weight.ndim
         if f"{prefix}.running_mean" in state:
             yield name, f"batch norm {last}", tensor
         elif dimensions >= 2:
@@ -147,16 +149,17 @@ def layer_rows(state, **labels):
 
 
 def load_state(path):
-    """The first state_dict found in a file, however deep it lies in dicts and lists."""
+    """The first state_dict with weights of layers in a file, however deep it lies in dicts and lists."""
     def search(value):
-        if isinstance(value, (dict, OrderedDict)):
-            if any(isinstance(v, torch.Tensor) and isinstance(k, str) for k, v in value.items()):
-                return {k: v for k, v in value.items() if isinstance(v, torch.Tensor)}
+        if isinstance(value, dict):
+            state = {k: v for k, v in value.items() if isinstance(v, torch.Tensor) and isinstance(k, str)}
+            if any(True for _ in layers_of(state)):
+                return state
             value = list(value.values())
         return next(filter(None, map(search, value)), None) if isinstance(value, (list, tuple)) else None
 
     state = search(common.load_checkpoint(path, "--checkpoint"))
-    if not state or not any(True for _ in layers_of(state)):
+    if not state:
         common.fail(f"argument --checkpoint: {path} holds no float32 weights of layers; name a file with a state_dict")
     return state
 
@@ -194,7 +197,8 @@ class Network(nn.Module):
 
 
 def before_and_after(args, data, seed):
-    """Rows of a network, He-normal at the start, before and after training, and its test accuracy [%]."""
+    """Rows of a network, He-normal at the start, before and after training, and its test accuracy [%], None where
+    training diverged."""
     images, labels, test_images, test_labels, classes = data
     scale = 1 / float(images.max())
     torch.manual_seed(seed)
@@ -209,14 +213,15 @@ def before_and_after(args, data, seed):
     for _ in range(args.steps):
         index = torch.randint(len(images), (args.batch_size,), generator=generator).to(images.device)
         optimizer.zero_grad()
-        F.cross_entropy(model(images[index] * scale), labels[index]).backward()
+        loss = F.cross_entropy(model(images[index] * scale), labels[index])
+        loss.backward()
         optimizer.step()
     rows += layer_rows(model.state_dict(), arm="after", seed=seed)
     model.eval()
     with torch.no_grad():
         correct = sum((model(x * scale).argmax(1) == y).sum().item()
                       for x, y in zip(test_images.split(1000), test_labels.split(1000), strict=True))
-    return rows, 100 * correct / len(test_labels)
+    return rows, 100 * correct / len(test_labels) if math.isfinite(loss) else None
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -256,9 +261,9 @@ def told_apart(rows):
         before, after = (np.array([score(arm, seed, bits) for seed in seeds]) for arm in ("before", "after"))
         samples = [area(before[random.integers(len(seeds), size=len(seeds))],
                         after[random.integers(len(seeds), size=len(seeds))]) for _ in range(1000)]
-        found.append({"bits": group, "area": area(before, after), "low": float(np.percentile(samples, 2.5)),
-                      "high": float(np.percentile(samples, 97.5)), "rms_z_before": float(before.mean()),
-                      "rms_z_after": float(after.mean())})
+        low, high = map(float, np.percentile(samples, [2.5, 97.5])) if len(seeds) > 1 else (None, None)
+        found.append({"bits": group, "area": area(before, after), "low": low, "high": high,
+                      "rms_z_before": float(before.mean()), "rms_z_after": float(after.mean())})
     return found
 
 
@@ -275,7 +280,7 @@ def draw_figure(rows, path):
     """Every layer's |z| by bit, and for question 1 the shift from before to after."""
     plt = common.plot_style()
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    kinds = [kind for kind in TYPES if any(row["type"] == kind and row["z"] is not None for row in rows)]
+    kinds = [kind for kind in TYPES if any(row["type"] == kind and row["z"] is not None for row in rows)] or TYPES[:1]
     figure, axes = plt.subplots(1, len(kinds), figsize=(1 + 3.2 * len(kinds), 3.4), sharey=True, squeeze=False,
                                 layout="constrained")
     for axis, kind in zip(axes[0], kinds, strict=True):
@@ -297,9 +302,8 @@ def draw_figure(rows, path):
 
 def report(directory):
     """Figure and tables of a run from its files, so that they can be had again at any time."""
-    with common.finished_run(directory) as directory:
-        rows = common.read_csv(directory / "metrics.csv", text=("arm", "layer", "type"))
-        summary = json.loads((directory / "summary.json").read_text())
+    rows = common.read_csv(directory / "metrics.csv", text=("arm", "layer", "type"))
+    summary = json.loads((directory / "summary.json").read_text())
     draw_figure(rows, directory / "bit_runs.png")
     for arm, table in summary["table"].items():
         print(f"\nlargest |z| of {arm} (smallest p, times the number of tests)")
@@ -310,20 +314,24 @@ def report(directory):
                      for row in mine]
             print(f"{kind:<24}{mine[0]['layers']:>7}" + "".join(f"{cell:>18}" for cell in cells))
     images = summary["images"]
-    print(f"\nmean |z| of {images['images']} images of {images['pixels']} values: {images['mean_z']:.3f}")
+    if images["mean_z"] is not None:
+        print(f"\nmean |z| of {images['images']} images of {images['pixels']} values: {images['mean_z']:.3f}")
     if "told_apart" in summary:
+        accuracy = summary["test_accuracy"]
         print(f"\ncan trained networks be told from untrained ones? ({summary['seeds']} of each, test accuracy after "
-              f"training {summary['test_accuracy']:.1f} %)\n{'bits':<16}{'area under ROC':>15}{'95 % interval':>18}"
-              f"{'rms z before':>14}{'after':>8}")
+              f"training {'-' if accuracy is None else f'{accuracy:.1f} %'})\n"
+              f"{'bits':<16}{'area under ROC':>15}{'95 % interval':>18}{'rms z before':>14}{'after':>8}")
         for row in summary["told_apart"][:len(GROUPS)]:
-            print(f"{row['bits']:<16}{row['area']:>15.3f}{row['low']:>10.3f} - {row['high']:.3f}"
+            between = "" if row["low"] is None else f"{row['low']:.3f} - {row['high']:.3f}"
+            print(f"{row['bits']:<16}{row['area']:>15.3f}{between:>18}"
                   f"{row['rms_z_before']:>14.2f}{row['rms_z_after']:>8.2f}")
 
 
 def main(argv=None):
     args = parse_arguments(argv)
-    if args.plot_only:
-        return report(args.plot_only)
+    if args.plot_only is not None:
+        with common.finished_run(args.plot_only) as directory:
+            return report(directory)
     state, name = None, args.dataset
     if args.checkpoint:
         state, name = load_state(args.checkpoint), pathlib.Path(args.checkpoint).stem
@@ -349,7 +357,8 @@ def main(argv=None):
                          for arm in dict.fromkeys(row["arm"] for row in rows)},
                "images": image_z(data[0], args.images)}
     if not state:
-        summary.update(seeds=args.seeds, test_accuracy=sum(accuracies) / args.seeds,
+        trained = [accuracy for accuracy in accuracies if accuracy is not None]
+        summary.update(seeds=args.seeds, test_accuracy=statistics.fmean(trained) if trained else None,
                        told_apart=told_apart(rows))
     common.write_csv(out / "metrics.csv", rows)
     common.write_json(out / "summary.json", summary)
@@ -358,6 +367,10 @@ def main(argv=None):
                                         for row in rows))
     report(out)
     print(f"\n{out}/: bit_runs.png, metrics.csv, summary.json, config.json")
+    if not state and len(trained) < args.seeds:
+        print(f"bit_runs.py: diverged: {args.seeds - len(trained)} of {args.seeds} networks; try a smaller --lr (was "
+              f"{args.lr})", file=sys.stderr)
+        return 3
     return 0
 
 

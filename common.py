@@ -107,7 +107,7 @@ def check_common(args, defaults=None, cuda=True):
     try:
         device = torch.device(args.device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         fail(f"argument --device: {args.device!r} cannot be used ({str(error).splitlines()[0][:100]}); try cpu")
     need(device.type in ("cpu", "cuda"), "--device", repr(args.device), "auto, cpu or cuda")
     need(cuda or device.type == "cpu", "--device", args.device, f"cpu, since {NO_CUDA}")
@@ -173,9 +173,12 @@ def _image_folder(root, image_size):
         fail(f"argument --data-dir: imagefolder needs {root}/train/<class>/ and {root}/test/<class>/ ({_line(error)})")
     if splits[0].classes != splits[1].classes:
         fail(f"argument --data-dir: {root}/train and {root}/test must hold the same classes")
-    first, files = splits[0].loader(splits[0].samples[0][0]), [path for split in splits for path, _ in split.samples]
-    size = (image_size, image_size) if image_size else first.size[::-1]
-    stamp = "mixed" + "".join(f"{path}{os.stat(path).st_size}{os.stat(path).st_mtime_ns}" for path in files)
+    files = [path for split in splits for path, _ in split.samples]
+    try:
+        size = (image_size, image_size) if image_size else splits[0].loader(files[0]).size[::-1]
+        stamp = "mixed" + "".join(f"{path}{os.stat(path).st_size}{os.stat(path).st_mtime_ns}" for path in files)
+    except OSError as error:
+        fail(f"argument --data-dir: an image in {root} cannot be read ({_line(error)})")
     cache = root / f"imagefolder-{size[0]}x{size[1]}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.pt"
     if cache.exists():
         return *load_checkpoint(cache, "--data-dir")["data"], len(splits[0].classes)
@@ -231,31 +234,35 @@ def write_csv(path, rows):
 
 
 def read_csv(path, text):
-    """The rows of such a CSV. The columns that text names are strings, all others int, float, or None where empty."""
+    """The rows of such a CSV. The columns that text names are strings, all others int, float, or None where empty.
+    Raises ValueError where a row is cut."""
     def value(field):
         return None if field == "" else int(field) if field.lstrip("-").isdecimal() else float(field)
 
     with open(path, newline="") as file:
-        return [{key: field if key in text else value(field) for key, field in row.items()}
-                for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError(f"{path} has a row of another length than its head")
+    return [{key: field if key in text else value(field) for key, field in row.items()} for row in rows]
 
 
 @contextlib.contextmanager
 def finished_run(directory):
-    """`with finished_run(args.plot_only) as directory:` reads a run's files; one line and exit 2 where that fails."""
+    """`with finished_run(args.plot_only) as directory:` to report from a run's files; one line and exit 2 where that
+    fails."""
     try:
         yield pathlib.Path(directory)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"argument --plot-only: {directory} holds no finished run ({_line(error)})")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        fail(f"argument --plot-only: {directory} holds no finished run, or a damaged one ({_line(error)})")
 
 
 def load_checkpoint(path, argument):
     """torch.load of tensors and plain containers alone; one line and exit 2 where the file is no such thing."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        fail(f"argument {argument}: {path} is missing, truncated or no checkpoint ({_line(error)}); delete it to start "
-             "anew")
+    except Exception as error:   # a file of another kind can raise anything
+        fail(f"argument {argument}: {path} is missing, truncated or no checkpoint ({_line(error)})"
+             + "; delete it to start anew" * (argument != "--checkpoint"))
 
 
 def run_directory(out, default, resume):
@@ -281,6 +288,14 @@ def run_directory(out, default, resume):
     return path
 
 
+def arguments_of(directory):
+    """The arguments that the run in this directory was made with; one line and exit 2 where they cannot be read."""
+    try:
+        return dict(json.loads((directory / "config.json").read_text())["arguments"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return fail(f"argument --resume: {directory / 'config.json'} is damaged ({_line(error)}); start another run")
+
+
 def start_run(args, default, may_differ=()):
     """The directory of this run, with its config.json. A resumed run has the arguments it was made with, but for
     may_differ and what decides no number; otherwise: one line and exit 2. torchrun's processes get one directory.
@@ -302,7 +317,7 @@ def _start_run(args, default, may_differ):
     arguments = {key: value for key, value in vars(args).items() if key not in unrecorded}
     arguments["device"] = torch.device(args.device).type   # torchrun numbers them
     if args.resume:
-        was = json.loads((out / "config.json").read_text())["arguments"]
+        was = arguments_of(out)
         other = [f"--{key.replace('_', '-')} {was.get(key)}" for key, value in arguments.items()
                  if key not in may_differ and was.get(key) != value]
         if other:
@@ -338,7 +353,11 @@ def work(pieces, do, out, workers=1, share=True):
     if PROCESSES > 1:
         torch.distributed.barrier()
     try:
-        return {name: json.loads((path := paths[name]).read_text()) for name in pieces}
+        found = {name: json.loads((path := paths[name]).read_text()) for name in pieces}
+        for name, path in paths.items():   # noqa: B007 (named in the error)
+            if not found[name]:
+                raise ValueError("it is empty")
+        return found
     except ValueError as error:
         return fail(f"argument --resume: {path} is damaged ({_line(error)}); delete it to have it worked out again")
 

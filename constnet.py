@@ -88,8 +88,8 @@ def parse_arguments(argv, more=()):
     what.add_argument("--freeze", nargs="+", default=[], metavar="GLOB",
                       help="parameters that are not trained, such as 'stem.*'; default: none")
     what.add_argument("--dropout", type=float, default=0.0, metavar="P",
-                      help="probability in [0, 1) with which the input of a block's convolution is dropped, the "
-                           "paper's other symmetry breaker; default: 0; paper: 0 to 0.15")
+                      help="probability in [0, 1) with which the input of a block's convolution (leakynet: the "
+                           "output) is dropped, the paper's other symmetry breaker; default: 0; paper: 0 to 0.15")
 
     how = parser.add_argument_group("how it is trained",
                                     "on the CIFAR sets what the paper leaves open is as in the code base it builds on")
@@ -150,10 +150,10 @@ def parse_arguments(argv, more=()):
                             "cannot break the symmetry); default: output")
     order.add_argument("--order-seed", type=int, default=0, metavar="S", help="of the permutations; default: 0")
     order.add_argument("--order-layers", nargs="+", default=["*"], metavar="GLOB",
-                       help="layers the order is applied to, the others are fixed: stem, stages.S.B.conv, "
-                            "stages.S.0.shortcut, head (S, B from 0); default: *")
+                       help="layers the order is applied to, the others are fixed (with native: PyTorch's): stem, "
+                            "stages.S.B.conv, stages.S.0.shortcut, head (S, B from 0); default: *")
     order.add_argument("--order-steps", type=int, nargs=2, metavar=("FIRST", "END"),
-                       help="steps FIRST <= step < END at which the order is applied, fixed before and after; "
+                       help="steps FIRST <= step < END at which these layers have the order, fixed before and after; "
                             "default: all")
 
     group = parser.add_argument_group("studies: one of them, several arms each")
@@ -203,7 +203,9 @@ def check_arguments(args):
     need(0 <= args.dropout < 1, "--dropout", args.dropout, "in [0, 1)")
     need(0 <= args.momentum < 1, "--momentum", args.momentum, "in [0, 1)")
     need(args.momentum > 0 or not args.nesterov, "--momentum", args.momentum, "above 0 with --nesterov")
-    need(len(set(args.prox)) == len(args.prox), "--prox", args.prox, "different values")
+    for name in ("prox", "prune"):   # arms are named by them
+        values = getattr(args, name) or []
+        need(len({f"{value:g}" for value in values}) == len(values), f"--{name}", values, "different to six digits")
     need(all(0 < keep < 1 for keep in args.prune or ()), "--prune", args.prune, "shares in (0, 1)")
     need(args.rewind >= 0 and (args.rewind == 0 or args.prune), "--rewind", args.rewind, "at least 0, with --prune")
     rows = args.table1 or []
@@ -217,6 +219,12 @@ def check_arguments(args):
         value = getattr(args, name)
         need(all(math.isfinite(v) and v >= 0 for v in (value if name == "prox" else [value])), f"--{name}", value,
              "finite and at least 0")
+    need(args.arch == "constnet" or study_of(args) in ("", "leakynet_study", "signal"), "--arch", args.arch,
+         "constnet for this study, which is of its --init")
+    need(args.arch == "constnet" or args.norm == "batch", "--norm", args.norm, "batch with leakynet")
+    need(not args.leakynet_study or args.blocks == 12, "--blocks", args.blocks, "12 for the authors' seven choices")
+    need(not study_of(args) or len(args.order) == len(args.prox) == 1, "--order, --prox", "several", "one in a study")
+    need(-1 << 63 <= args.order_seed < 1 << 63, "--order-seed", args.order_seed, "a signed 64-bit number")
     processes = 1 if study_of(args) else common.PROCESSES
     need(args.shards >= 0 and args.shards % processes == 0, "--shards", args.shards,
          f"0 or a multiple of the {processes} processes")
@@ -238,6 +246,11 @@ def study_of(args):
     """The name of the study, or "" for a plain run."""
     studies = ("table1", "figure2", "leakynet_study", "prune", "signal")
     return next((name for name in studies if getattr(args, name) not in (None, False)), "")
+
+
+def default_directory(args):
+    study = study_of(args)
+    return f"runs/constnet/{args.dataset}{study and '-' + study}"
 
 
 # -------------------------------------------------------------------------------------------------------- the networks
@@ -709,14 +722,14 @@ def train(args, name, seed, data, out):
         return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     steps_per_epoch = len(labels) // batch
-    step, seconds, rows, losses, logged = args.rewind if args.mask else 0, 0.0, [], [], 0
+    step, seconds, rows, losses, logged, diverged = args.rewind if args.mask else 0, 0.0, [], [], 0, False
     checkpoint = out / f"{run}-checkpoint.pt"
     if checkpoint.exists():
         state = common.load_checkpoint(checkpoint, "--resume")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds, rows, losses = state["step"], state["seconds"], state["rows"], state["losses"]
-        symmetry.first_broken = state["first_broken"]
+        symmetry.first_broken, diverged, logged = state["first_broken"], state["diverged"], state["logged"]
     else:
         rows.append({"arm": name, "seed": seed, "step": step, "epoch": step / steps_per_epoch,
                      **evaluate(model, test_images, test_labels, normalise, autocast),
@@ -729,19 +742,22 @@ def train(args, name, seed, data, out):
     forward = model if processes == 1 or args.shards else nn.parallel.DistributedDataParallel(model)
     forward = torch.compile(forward) if args.compile else forward
 
-    def save():
+    def log():
         nonlocal logged
-        symmetry.flush()
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rows": rows,
-                 "seconds": seconds + time.perf_counter() - started, "losses": [float(loss) for loss in losses],
-                 "first_broken": symmetry.first_broken}
-        common.save_atomically(checkpoint, lambda path: torch.save(state, path))
-        common.write_csv(out / f"{run}.csv", rows)
-        if args.tensorboard:
+        if args.tensorboard and rank == 0:
             common.log_to_tensorboard(out, (
                 (f"{key}/{row['arm']}/seed{row['seed']}", value, row["step"]) for row in rows[logged:]
                 for key, value in row.items() if isinstance(value, (int, float)) and key not in ("step", "seed")))
             logged = len(rows)
+
+    def save():
+        symmetry.flush()
+        log()
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rows": rows,
+                 "seconds": seconds + time.perf_counter() - started, "losses": [float(loss) for loss in losses],
+                 "first_broken": symmetry.first_broken, "diverged": diverged, "logged": logged}
+        common.save_atomically(checkpoint, lambda path: torch.save(state, path))
+        common.write_csv(out / f"{run}.csv", rows)
 
     def save_weights(path):
         if rank == 0:
@@ -776,7 +792,7 @@ def train(args, name, seed, data, out):
         return add(chosen, float(torch.distributions.Beta(args.mixup, args.mixup).sample()) if args.mixup else 1.0)
 
     started = saved = time.perf_counter()
-    data_order, diverged, saving = None, False, 0.0   # saving: seconds that the last checkpoint took
+    data_order, saving = None, 0.0   # saving: seconds that the last checkpoint took
     progress = tqdm(total=args.epochs * steps_per_epoch, initial=step, unit="step", smoothing=0.05, desc=run,
                     leave=False, disable=None if common.RANK == 0 else True)
     while step < args.epochs * steps_per_epoch and not diverged:
@@ -802,7 +818,7 @@ def train(args, name, seed, data, out):
                 weight.grad.mul_(mask)   # so that a weight left out stays 0, and so does its momentum
         optimizer.step()
         if args.prox:
-            soft_threshold_(weights, optimizer.param_groups[0]["lr"] * args.prox)
+            soft_threshold_([w for w in weights if w.requires_grad], optimizer.param_groups[0]["lr"] * args.prox)
         policy.step()
         step += 1
         losses.append(loss)
@@ -832,6 +848,7 @@ def train(args, name, seed, data, out):
             saving = saved - now
     progress.close()
     symmetry.flush()
+    log()
     seconds += time.perf_counter() - started
     save_weights(out / f"{run}.pt")
     bits = hashlib.sha256()
@@ -963,7 +980,7 @@ def draw_figure(rows, summary, path):
         tested = [row for row in mine if row["test_accuracy"] is not None]
         accuracy.plot([row["step"] for row in tested], [row["test_accuracy"] for row in tested], marker=".", **style)
         layers = arm["symmetry"]["distinct_filters"]
-        largest = [max(row[f"spread/{layer}"] for layer in layers) for row in mine]
+        largest = [max(row[f"spread/{layer}"] or 0 for layer in layers) for row in mine]   # none where it overflowed
         spread.plot([row["step"] for row in mine], [value or math.nan for value in largest], **style)
         filters.plot(range(len(layers)), list(layers.values()), marker=".", **style)
     if not any(value > 0 for line in spread.get_lines() for value in line.get_ydata()):
@@ -1058,13 +1075,11 @@ def draw_signal(rows, path):
 
 def report(directory):
     """Figures and tables of a run from its files, so that they can be had again at any time."""
-    with common.finished_run(directory) as directory:
-        arguments = json.loads((directory / "config.json").read_text())["arguments"]
-        if arguments["signal"]:
-            rows = common.read_csv(directory / "signal.csv", text=("arm", "layer"))
-            return draw_signal(rows, directory / "signal.png")
-        summary = json.loads((directory / "summary.json").read_text())
-        rows = common.read_csv(directory / "metrics.csv", text=("arm",))
+    arguments = json.loads((directory / "config.json").read_text())["arguments"]
+    if arguments["signal"]:
+        return draw_signal(common.read_csv(directory / "signal.csv", text=("arm", "layer")), directory / "signal.png")
+    summary = json.loads((directory / "summary.json").read_text())
+    rows = common.read_csv(directory / "metrics.csv", text=("arm",))
     draw_figure(rows, summary, directory / "constnet.png")
     print_table(summary)
     if arguments["table1"] is not None:   # [] is all rows
@@ -1081,8 +1096,14 @@ def report(directory):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
-    if args.plot_only:
-        return report(args.plot_only)
+    if args.plot_only is not None:
+        with common.finished_run(args.plot_only) as directory:
+            return report(directory)
+    joined = ()
+    if args.resume and args.table1 is not None:   # rows are added to those of the run
+        earlier = common.arguments_of(common.run_directory(args.out, default_directory(args), True)).get("table1")
+        if earlier is not None:
+            args.table1, joined = sorted({*earlier, *args.table1}) if earlier and args.table1 else [], ("table1",)
 
     @functools.cache
     def load(dataset):
@@ -1107,9 +1128,12 @@ def main(argv=None):
         names = [name for name, _ in model.named_parameters()]
         for pattern in args.freeze:
             common.need(fnmatch.filter(names, pattern), "--freeze", repr(pattern), f"a pattern of {', '.join(names)}")
+        frozen = {name for pattern in args.freeze for name in fnmatch.filter(names, pattern)}
+        common.need(len(frozen) < len(names), "--freeze", " ".join(args.freeze), "such that something is left to train")
 
     study = study_of(args)
-    out = common.start_run(args, f"runs/constnet/{args.dataset}{study and '-' + study}", may_differ=("table1",))
+    args.processes = common.PROCESSES if common.PROCESSES > 1 and not study and not args.shards else None
+    out = common.start_run(args, default_directory(args), may_differ=joined)
     try:
         if args.signal:
             found = common.work({f"{name}-{seed}": (arm, name, seed, load(arm.dataset))

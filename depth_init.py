@@ -100,6 +100,7 @@ def parse_arguments(argv=None):
         need(len(set(values)) == len(values), f"--{name}", values, "different values")
     common.at_least_1(args, "epochs", "batch_size", "seeds", "layers", "width")
     need(all(math.isfinite(lr) and lr > 0 for lr in args.lr), "--lr", args.lr, "finite and positive")
+    need(args.batch_size > 1 or "on" not in args.batch_norm, "--batch-size", 1, "at least 2 with --batch-norm on")
     for scaling, variance in itertools.product(args.scaling, args.variance):
         try:
             scales(args.layers, scaling, variance, args.function, args.n, args.c)
@@ -138,12 +139,16 @@ def scales(layers, scaling, variance=22.0, function="power", n=2.0, c=0.0):
         if c > 0 and layers / n * math.log(c) >= math.log(variance):
             raise ValueError(f"no k exists: with c = {c} and n = {n} every s_l is above c^(1/n), and their product "
                              f"above 10^{layers / n * math.log10(c):.3g}, which the variance {variance} is not")
-        low, high = -700.0, 700.0   # of log(1 / k), with which the product grows, from c^(L/n) to infinity
+        def logs(log_1_k):   # of s_l; their sum grows with log(1 / k), from L/n ln(c) to infinity
+            return np.logaddexp(np.log(depths) + log_1_k, math.log(c) if c > 0 else -math.inf) / n
+
+        low, high = -1e6, 1e6
         for _ in range(100):
             middle = (low + high) / 2
-            too_low = np.log(depths * math.exp(middle) + c).sum() / n < math.log(variance)
-            low, high = (middle, high) if too_low else (low, middle)
-        s = (depths * math.exp(high) + c) ** (1 / n)
+            low, high = (middle, high) if logs(middle).sum() < math.log(variance) else (low, middle)
+        if np.abs(logs(high)).max() > 700:
+            raise ValueError(f"n = {n} makes the s_l differ by more than a floating-point number can hold")
+        s = np.exp(logs(high))
     return s[::-1].copy() if scaling == "decreasing" else s
 
 
@@ -197,7 +202,8 @@ class Batched(nn.Module):
         self.activation = torch.relu if args.activation == "relu" else torch.tanh
         for layer, (n_in, n_out) in enumerate(itertools.pairwise(widths)):
             k = 1 if layer == args.layers else kernel
-            halves = args.network == "conv" and layer and layer < args.layers and layer % max(1, args.layers // 3) == 0
+            halves = args.network == "conv" and 0 < layer < args.layers and layer * 3 // args.layers > (
+                (layer - 1) * 3 // args.layers)   # the first layer of the second and of the last third
             conv = nn.Conv2d(seeds * n_in, seeds * n_out, k, 2 if halves else 1, padding=k // 2, groups=seeds)
             with torch.no_grad():
                 for weight, generator in zip(conv.weight.view(seeds, n_out, n_in, k, k), generators, strict=True):
@@ -423,7 +429,9 @@ def draw_figures(rows, layers, config, directory):
                     continue
                 axis.plot(depths, squares, **style(arm))
                 s = scales(len(depths), arm[1], arm[2], config["function"], config["n"], config["c"])
-                # Eqs. 6 and 15: relative to the first layer's signal and to the last layer's gradient.
+                # Eqs. 6 and 15: relative to the first layer's signal and to the last layer's gradient. They are for
+                # He's variance, 2 / n; between layers of n units Xavier's is 1 / n, half of it.
+                s = s / 2 if arm[0].startswith("xavier") else s
                 theory = (squares[0] * np.cumprod(s) / s[0] if quantity == "activation" else
                           squares[-1] * np.cumprod(s[::-1])[::-1] / s)
                 axis.plot(depths, theory, color=style(arm)["color"], linestyle=":", linewidth=1)
@@ -439,11 +447,10 @@ def draw_figures(rows, layers, config, directory):
 
 def report(directory):
     """Figures and tables of a run from its files, so that they can be had again at any time."""
-    with common.finished_run(directory) as directory:
-        rows, layers = (common.read_csv(directory / name, text=("init", "scaling", "batch_norm", "quantity"))
-                        for name in ("metrics.csv", "layers.csv"))
-        config = json.loads((directory / "config.json").read_text())["arguments"]
-        summary = json.loads((directory / "summary.json").read_text())
+    rows, layers = (common.read_csv(directory / name, text=("init", "scaling", "batch_norm", "quantity"))
+                    for name in ("metrics.csv", "layers.csv"))
+    config = json.loads((directory / "config.json").read_text())["arguments"]
+    summary = json.loads((directory / "summary.json").read_text())
     draw_figures(rows, layers, config, directory)
 
     def between(row):
@@ -471,8 +478,9 @@ def for_tensorboard(rows, layers):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    if args.plot_only:
-        return report(args.plot_only)
+    if args.plot_only is not None:
+        with common.finished_run(args.plot_only) as directory:
+            return report(directory)
     *tensors, classes = common.load_data(args.dataset, args.data_dir, args.image_size)
     data = [tensor.to(args.device) for tensor in tensors] + [classes]
     if len(data[1]) < args.batch_size:

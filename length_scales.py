@@ -393,9 +393,7 @@ def summarise(rows):
 
 def report(directory):
     """Figures and table of a run from its files, so that they can be had again at any time."""
-    with common.finished_run(directory) as directory:
-        rows = read_rows(directory)
-        summary = json.loads((directory / "summary.json").read_text())
+    rows, summary = read_rows(directory), json.loads((directory / "summary.json").read_text())
     draw_figures(rows, directory)
     for part, quantity in dict.fromkeys((row["part"], row["quantity"]) for row in rows):
         mine = [row for row in rows if (row["part"], row["quantity"]) == (part, quantity)]
@@ -411,8 +409,9 @@ def report(directory):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    if args.plot_only:
-        return report(args.plot_only)
+    if args.plot_only is not None:
+        with common.finished_run(args.plot_only) as directory:
+            return report(directory)
     *tensors, classes = common.load_data(args.dataset, args.data_dir, args.image_size)
     data = [tensor.flatten(1).to(args.device) if tensor.ndim > 1 else tensor.to(args.device) for tensor in tensors]
     data += [classes]

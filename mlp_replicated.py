@@ -89,6 +89,8 @@ def parse_arguments(argv=None):
 
 def check_arguments(args):
     need = common.need
+    for name in ("noise", "dropout"):   # as metrics.csv keeps them
+        setattr(args, name, [float(f"{value:.6g}") for value in getattr(args, name)])
     for name in ("widths", "features", "noise", "dropout"):
         values = getattr(args, name) or []
         need(len(set(values)) == len(values), f"--{name}", values, "different values")
@@ -345,8 +347,9 @@ def statements(errors):
     for statement, statistic, value in asked:
         draws = np.array([value(sample) for sample in samples])
         draws = draws[np.isfinite(draws)] if np.isfinite(draws).any() else np.zeros(1)
+        ends = np.percentile(draws, [2.5, 97.5]).tolist() if seeds > 1 else [None, None]
         found.append({"statement": statement, "statistic": statistic, "value": float(value(np.arange(seeds))),
-                      "low": float(np.percentile(draws, 2.5)), "high": float(np.percentile(draws, 97.5))})
+                      "low": ends[0], "high": ends[1]})
     return [row for row in found if math.isfinite(row["value"])]
 
 
@@ -414,9 +417,8 @@ def draw_figures(rows, directory):
 
 def report(directory):
     """Figures and tables of a run from its files, so that they can be had again at any time."""
-    with common.finished_run(directory) as directory:
-        rows = common.read_csv(directory / "metrics.csv", text=())
-        summary = json.loads((directory / "summary.json").read_text())
+    rows = common.read_csv(directory / "metrics.csv", text=())
+    summary = json.loads((directory / "summary.json").read_text())
     draw_figures(rows, directory)
     conditions = sorted({(cell["noise"], cell["dropout"]) for cell in summary["cells"]})
     for noise, dropout in conditions:
@@ -430,14 +432,15 @@ def report(directory):
     if summary["statements"]:
         print("\nthe paper's statements about Figure 1 (95 % interval over the seeds)")
         for row in summary["statements"]:
-            print(f"  {row['statement']:<38}{row['statistic']}: "
-                  f"{row['value']:.2f} ({row['low']:.2f} to {row['high']:.2f})")
+            between = "" if row["low"] is None else f" ({row['low']:.2f} to {row['high']:.2f})"
+            print(f"  {row['statement']:<38}{row['statistic']}: {row['value']:.2f}{between}")
 
 
 def main(argv=None):
     args = parse_arguments(argv)
-    if args.plot_only:
-        return report(args.plot_only)
+    if args.plot_only is not None:
+        with common.finished_run(args.plot_only) as directory:
+            return report(directory)
     device = torch.device(args.device)
     *tensors, classes = common.load_data(args.dataset, args.data_dir, args.image_size)
     data = [tensor.flatten(1).to(device) if tensor.ndim > 1 else tensor.to(device) for tensor in tensors] + [classes]
@@ -457,8 +460,14 @@ def main(argv=None):
     (out / "seeds").mkdir(exist_ok=True)
 
     def finished(seed):
+        """Rows of the cells that were trained to the end."""
         path = out / "seeds" / f"{seed}.csv"
-        return common.read_csv(path, text=()) if path.exists() else []
+        try:
+            rows = common.read_csv(path, text=()) if path.exists() else []
+            ended = {cell_of(row) for row in rows if row["step"] == args.steps}
+        except (ValueError, KeyError) as error:
+            common.fail(f"argument --resume: {path} is damaged ({error}); delete it to have it worked out again")
+        return [row for row in rows if cell_of(row) in ended]
 
     left_out = len(args.widths) * len(args.features) * len(args.noise) * len(args.dropout) - len(cells)
     missing = {}   # cells still to be trained -> the seeds that miss just these

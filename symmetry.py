@@ -88,6 +88,9 @@ def parse_arguments(argv=None):
     need(all(0 <= p < 1 for p in args.dropout), "--dropout", args.dropout, "in [0, 1)")
     need(args.blocks >= 3 and args.blocks % 3 == 0, "--blocks", args.blocks, "a positive multiple of 3")
     need(math.isfinite(args.lr) and args.lr > 0, "--lr", args.lr, "finite and positive")
+    for name in ("splits", "gaussian", "bit_steps", "dropout", "windows"):
+        values = getattr(args, name)
+        need(len(set(values)) == len(values), f"--{name}", values, "different values")
     for window in args.windows:
         a, _, b = window.partition(":")
         need(a.isdecimal() and b.isdecimal() and int(a) < int(b), "--windows", window, "A:B with 0 <= A < B")
@@ -222,7 +225,7 @@ def one_run(args, data, seed, p, convert):
                 rows = train(*run)
             torch.set_num_threads(1)
             with ordered_reduce.replay(f"{folder}/tape"):
-                if train(*run) != rows:
+                if repr(train(*run)) != repr(rows):   # as text, in which NaN equals NaN
                     raise RuntimeError(f"the replay of {RECORDED}, seed {seed}, is another run")
             return rows
     finally:
@@ -358,10 +361,9 @@ def draw_figures(rows, summary, directory):
 
 def report(directory):
     """Figures and tables of a run from its files, so that they can be had again at any time."""
-    with common.finished_run(directory) as directory:
-        rows = common.read_csv(directory / "metrics.csv", text=("part", "arm"))
-        found = json.loads((directory / "summary.json").read_text())
-        summary = found["arms"]
+    rows = common.read_csv(directory / "metrics.csv", text=("part", "arm"))
+    found = json.loads((directory / "summary.json").read_text())
+    summary = found["arms"]
     draw_figures(rows, summary, directory)
 
     def cell(value, digits):
@@ -388,8 +390,9 @@ def report(directory):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    if args.plot_only:
-        return report(args.plot_only)
+    if args.plot_only is not None:
+        with common.finished_run(args.plot_only) as directory:
+            return report(directory)
     *tensors, classes = common.load_data(args.dataset, args.data_dir, args.image_size)
     if len(tensors[1]) < args.batch_size:
         common.fail(f"argument --batch-size: {args.batch_size} is more than the {len(tensors[1])} training images")

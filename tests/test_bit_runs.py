@@ -72,7 +72,9 @@ def test_layer_types():
             self.head, self.half = nn.Linear(3, 4), nn.Linear(3, 4).half()
             self.scale = nn.Parameter(torch.ones(3))
 
-    kinds = {name: kind for name, kind, _ in bit_runs.layers_of(Odd().state_dict())}
+    state = {**Odd().state_dict(), "bias": torch.ones(3), "normed.bias": torch.ones(3), "sparse.weight": torch.eye(3).to_sparse(),
+             "meta.weight": torch.ones(3, 3, device="meta")}   # a bias alone has no kind, the last two have no bits
+    kinds = {name: kind for name, kind, _ in bit_runs.layers_of(state)}
     assert kinds == {"conv.weight": "convolution weight", "conv.bias": "convolution bias",
                      "norm.weight": "batch norm weight", "norm.bias": "batch norm bias",
                      "head.weight": "fully connected weight", "head.bias": "fully connected bias"}
@@ -137,11 +139,37 @@ def test_question_1_and_resume(run, tmp_path):
 
 def test_checkpoints_and_models(run, tmp_path):
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10))
-    torch.save({"summary": [1], "running": {"model": model.state_dict(), "step": 3}}, tmp_path / "deep.pt")
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(2, 1, 3, 3)).sum().backward()
+    optimizer.step()
+    torch.save({"optimizer": optimizer.state_dict(), "step": torch.tensor(3), "ema": torch.ones(3, 3), 7: [1],
+                "running": {"model": model.state_dict()}}, tmp_path / "deep.pt")
     done = run("bit_runs.py", "--checkpoint", tmp_path / "deep.pt", "--out", tmp_path / "a")
     assert done.returncode == 0 and "batch norm weight" in done.stdout and "all equal" in done.stdout
     done = run("bit_runs.py", "--model", "squeezenet1_1", "--images", 5, "--out", tmp_path / "b")
     assert done.returncode == 0 and "convolution weight" in done.stdout, done.stderr
+
+
+def test_weights_without_a_bit_that_varies(run, tmp_path):
+    torch.save({"weight": torch.ones(4, 4)}, tmp_path / "ones.pt")
+    done = run("bit_runs.py", "--checkpoint", tmp_path / "ones.pt", "--images", 5, "--out", tmp_path / "a")
+    assert done.returncode == 0 and "all equal" in done.stdout, done.stderr
+
+
+def test_divergence_is_exit_3_and_one_seed_has_no_interval(run, tmp_path):
+    done = run("bit_runs.py", "--seeds", 1, "--steps", 20, "--images", 5, "--lr", 1e30, "--out", tmp_path / "a")
+    assert done.returncode == 3 and "diverged: 1 of 1" in done.stderr and "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["told_apart"][0]["low"] is None
+    (tmp_path / "a" / "metrics.csv").write_bytes((tmp_path / "a" / "metrics.csv").read_bytes()[:1000])
+    (tmp_path / "a" / "done" / "seed 0.json").write_text("null")
+    for arguments, named in ((("--plot-only", tmp_path / "a"), "another length"),
+                             (("--seeds", 1, "--steps", 20, "--images", 5, "--lr", 1e30, "--out", tmp_path / "a", "--resume"),
+                              "seed 0.json is damaged")):
+        done = run("bit_runs.py", *arguments)
+        assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    (tmp_path / "a" / "config.json").write_text("{}")
+    done = run("bit_runs.py", "--out", tmp_path / "a", "--resume")
+    assert done.returncode == 2 and "config.json is damaged" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 class Trap:

@@ -374,6 +374,46 @@ def test_rows_of_table_1_are_joined(tmp_path, run):
     assert len(times) == 1
 
 
+def test_a_row_is_added_to_the_rows_of_a_table_and_to_nothing_else(tmp_path, run):
+    arguments = (*QUICK, "--device", "cpu", "--blocks", 3)
+    assert run("constnet.py", *arguments, "--table1", 8, "--out", tmp_path / "a").returncode == 0
+    assert run("constnet.py", *arguments, "--table1", 3, "--resume", "--out", tmp_path / "a").returncode == 0
+    assert [arm["arm"] for arm in results(tmp_path / "a")] == ["row3", "row8"]
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["arguments"]["table1"] == [3, 8]
+    whole = (tmp_path / "a" / "summary.json").read_bytes()
+    forgotten = run("constnet.py", *arguments, "--resume", "--out", tmp_path / "a")
+    assert run("constnet.py", *arguments, "--out", tmp_path / "b").returncode == 0
+    other = run("constnet.py", *arguments, "--table1", 8, "--resume", "--out", tmp_path / "b")
+    for done in (forgotten, other):
+        assert done.returncode == 2 and "--table1" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert (tmp_path / "a" / "summary.json").read_bytes() == whole
+
+
+def test_a_diverged_arm_stays_so_after_a_kill(tmp_path, monkeypatch):
+    """A kill between its last checkpoint and its result."""
+    monkeypatch.setattr(sys, "argv", ["constnet.py"])
+    args = constnet.parse_arguments(list(map(str, (*QUICK[2:], "--blocks", 3, "--epochs", 4, "--lr", 1e30, "--warmup", 0))))
+    (name, arm), = constnet.arms(args, []).items()
+    first, second = (constnet.train(arm, name, 0, constnet.common.load_data("digits", ""), tmp_path)["summary"] for _ in "ab")
+    assert (tmp_path / f"{name}-0-checkpoint.pt").exists() and first["diverged"] and second["diverged"]
+    assert first["steps"] == second["steps"] == 7 and first["weights_sha256"] == second["weights_sha256"]
+
+
+def test_tensorboard_has_all_that_the_csv_has(tmp_path, run):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    assert run("constnet.py", *QUICK[2:], "--blocks", 3, "--epochs", 3, "--tensorboard", "--out", tmp_path / "a").returncode == 0
+    board = accumulator(str(tmp_path / "a" / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("test_accuracy/shuffled/seed0")] == [0, 7, 14, 21]
+
+
+def test_the_number_of_processes_is_part_of_a_run(tmp_path, run):
+    arguments = (*QUICK, "--device", "cpu", "--blocks", 3, "--out", tmp_path / "a")
+    assert run("constnet.py", *arguments, processes=2).returncode == 0
+    done = run("constnet.py", *arguments, "--resume")
+    assert done.returncode == 2 and "--processes 2" in done.stderr
+
+
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("order", ["fixed", "shuffled"])
 def test_a_cuda_graph_trains_to_the_bits_of_its_kernels_alone(tmp_path, run, order):
@@ -420,7 +460,8 @@ def test_prox_makes_arms_that_are_sparse(tmp_path, run):
 
 
 def test_frozen_parameters_stay(tmp_path, run):
-    done = run("constnet.py", *QUICK, "--freeze", "stem.*", "*.shortcut.*", "--nesterov", "--cutout", 2, "--out", tmp_path / "a")
+    done = run("constnet.py", *QUICK, "--freeze", "stem.*", "*.shortcut.*", "--nesterov", "--cutout", 2, "--prox", 0.01,
+               "--out", tmp_path / "a")
     assert done.returncode == 0, done.stderr
     trained, start = torch.load(tmp_path / "a" / "shuffled-0.pt", weights_only=True), network(channels=1).state_dict()
     changed = {name for name in start if not torch.equal(start[name], trained[name])}
@@ -509,6 +550,10 @@ BAD = [
     (("--prox", -1), "--prox"), (("--cutout", -1), "--cutout"), (("--figure2", "digits", "x"), "--figure2.*x"),
     (("--freeze", "conv9"), "--freeze.*conv9.*stem.weight"), (("--table1", "--signal"), "--signal.*--table1"),
     (("--momentum", 0, "--nesterov"), "--momentum.*--nesterov"), (("--shards", 3), "--batch-size.*64.*3"),
+    (("--freeze", "*"), "--freeze.*left to train"), (("--order-seed", 1 << 63), "--order-seed"), (("--prune", 0.5, 0.5), "--prune"),
+    (("--arch", "leakynet", "--table1"), "--arch.*leakynet"), (("--leakynet-study", "--blocks", 6, "--layer-init", "h_hh_hh_hh"), "12"),
+    (("--arch", "leakynet", "--norm", "fixup"), "--norm"), (("--table1", "--order", "fixed", "atomic"), "one in a study"),
+    (("--plot-only", ""), "--plot-only"), (("--device", "hpu"), "--device.*hpu"),
     (("--shards", 16), "--splits.*8.*4"), (("--warmup", -1), "--warmup.*-1"), (("--sync-batch-norm",), "--sync-batch-norm.*torchrun"),
 ]
 

@@ -117,3 +117,10 @@ def test_image_folder(tmp_path, capsys, mode, channels):
     with pytest.raises(SystemExit) as stop:
         common.load_data("imagefolder", tmp_path)
     assert stop.value.code == 2 and "9.png" in capsys.readouterr().err
+    (tmp_path / "test" / "dog" / "9.png").unlink()
+    for damage in (lambda path: path.write_bytes(b"not an image"), lambda path: path.unlink() or path.symlink_to("/nowhere")):
+        damage(tmp_path / "train" / "cat" / "0.png")
+        with pytest.raises(SystemExit) as stop:
+            common.load_data("imagefolder", tmp_path)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "cannot be read" in error and error.count("\n") == 1

@@ -46,7 +46,7 @@ def test_the_papers_network():
     ({"variance": 0}, "variance"), ({"variance": -3}, "variance"), ({"variance": math.nan}, "variance"),
     ({"n": 0}, "increase"), ({"n": -1}, "increase"), ({"c": -0.1}, "lifts"), ({"c": math.inf}, "lifts"),
     ({"c": 2.0}, "no k exists"), ({"c": 1.0, "variance": 1.0}, "no k exists"), ({"layers": 1, "function": "log"}, "layer 1"),
-    ({"scaling": "up"}, "unit, constant"),
+    ({"scaling": "up"}, "unit, constant"), ({"n": 0.001}, "differ by more than"),
 ])
 def test_refused_with_the_reason(given, reason):
     with pytest.raises(ValueError, match=reason):
@@ -82,6 +82,18 @@ def test_any_model(init):
 
 def arguments(*given):
     return depth_init.parse_arguments([*map(str, given), "--device", "cpu"])
+
+
+def test_an_extreme_product_is_met_as_well():
+    assert np.log(scales(54, "increasing", 1e30, n=1000.0)).sum() == pytest.approx(math.log(1e30))
+    assert np.log(scales(2, "increasing", 1e10, n=1000.0)).sum() == pytest.approx(math.log(1e10))
+
+
+@pytest.mark.parametrize("layers, halvings", [(3, [1, 2]), (5, [2, 4]), (54, [18, 36]), (55, [19, 37])])
+def test_images_halve_after_each_third(layers, halvings):
+    args = arguments("--layers", layers, "--width", 2, "--seeds", 1, "--network", "conv")
+    model = depth_init.Batched(args, 1, 10, ("he normal", "unit", 22.0, "off"))
+    assert [i for i, layer in enumerate(model.layers) if layer.stride == (2, 2)] == halvings
 
 
 @pytest.mark.parametrize("scaling", depth_init.SCALINGS)
@@ -184,8 +196,8 @@ def test_script_resume_and_plot_only(run, tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("metrics.csv", "layers.csv", "summary.json"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
-    assert len(depth_init.read_rows(whole / "metrics.csv")) == 2 * 2 * 3
-    assert len(depth_init.read_rows(whole / "layers.csv")) == 2 * 3 * 3 * 3
+    assert len((whole / "metrics.csv").read_text().splitlines()[1:]) == 2 * 2 * 3
+    assert len((whole / "layers.csv").read_text().splitlines()[1:]) == 2 * 3 * 3 * 3
     assert len(json.loads((whole / "summary.json").read_text())["arms"]) == 2
     before = [(whole / name).read_bytes() for name in ("curves.png", "layers.png")]
     assert run("depth_init.py", "--plot-only", whole).returncode == 0

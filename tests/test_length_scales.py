@@ -162,7 +162,7 @@ def test_script_resume_and_plot_only(run, tmp_path):
     first = (parts / "metrics.csv").read_text().splitlines()
     done = run("length_scales.py", *QUICK, "--out", parts, "--resume")
     assert done.returncode == 0, done.stderr
-    rows = [length_scales.read_rows(out / "metrics.csv") for out in (whole, parts)]
+    rows = [length_scales.read_rows(out) for out in (whole, parts)]
     assert len(first) == 5 and len(rows[0]) == 4 + 4 + 18 + 16
     assert rows[0] == rows[1]
     assert json.loads((whole / "summary.json").read_text())["residual_means_between_the_bounds"][1] == 8

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +176,11 @@ def value(errors, contains):
     return found["value"]
 
 
+def test_one_seed_has_no_interval():
+    errors = {(n, k, noise, 0): np.array([float(n + k)]) for n in (8, 16, 32) for k in (1, 2, 4) for noise in (0, 0.1)}
+    assert {row["low"] for row in mlp_replicated.statements(errors)} == {None}
+
+
 def test_statements_find_what_was_put_in():
     only_k = synthetic(lambda n, k, noise: 20 / (1 + k) if noise == 0 else 5)
     assert value(only_k, "by K alone") > 99.9 and value(only_k, "by N alone") < 60
@@ -249,8 +255,26 @@ def test_a_grown_grid_keeps_its_finished_cells(reference, tmp_path, run):
     assert metrics(out) == metrics(reference)
 
 
+def test_a_damaged_seed_is_trained_again_or_named(reference, tmp_path, run):
+    out, again = tmp_path / "run", (*QUICK, "--out", tmp_path / "run", "--resume")
+    shutil.copytree(reference, out)
+    lines = (out / "seeds" / "0.csv").read_text().splitlines(keepends=True)
+    (out / "seeds" / "0.csv").write_text("".join(lines[:-1]))
+    assert run("mlp_replicated.py", *again).returncode == 0 and metrics(out) == metrics(reference)
+    (out / "seeds" / "0.csv").write_text("".join(lines[:-1]) + lines[-1][:3])
+    done = run("mlp_replicated.py", *again)
+    assert done.returncode == 2 and "0.csv is damaged" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_six_digits_of_a_probability_count(tmp_path, run):
+    arguments = ("--widths", 4, "--features", 1, "--seeds", 1, "--steps", 3)
+    assert run("mlp_replicated.py", *arguments, "--noise", 0, 1 / 3, "--out", tmp_path / "a").returncode == 0
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert [cell["noise"] for cell in summary["cells"]] == [0, 0.333333]
+
+
 @pytest.mark.parametrize("arguments,complaint", [
-    (["--widths", 0], "--widths"),
+    (["--widths", 0], "--widths"), (["--noise", 0.1, 0.10000001], "different"),
     (["--features", 0], "--features"),
     (["--widths", 4, "--features", 8], "the grid is empty"),
     (["--noise", 1.5], "--noise"),

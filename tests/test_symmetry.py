@@ -190,7 +190,7 @@ def test_script_noise_part_and_two_processes(run, tmp_path):
         out = tmp_path / str(processes)
         done = run("symmetry.py", *QUICK, "--device", "cpu", "--parts", "noise", "--out", out, processes=processes)
         assert done.returncode == 0, done.stderr
-        rows.append([row for row in symmetry.read_rows(out / "metrics.csv") if row["arm"] not in racing])
+        rows.append([row for row in common.read_csv(out / "metrics.csv", text=("part", "arm")) if row["arm"] not in racing])
     assert rows[0] == rows[1] and len(rows[0]) == 6 * 2 * 6
     arms = {arm["arm"]: arm for arm in json.loads((tmp_path / "1" / "summary.json").read_text())["arms"]}
     assert arms["order, G = 2"]["parted"] == 0 and arms["order, G = 8"]["parted"] == arms["Gaussian, 2^-1 ulp"]["parted"] == 2
@@ -210,7 +210,12 @@ def test_divergence_is_exit_3_and_keeps_the_metrics(run, tmp_path):
     assert (tmp_path / "a" / "metrics.csv").exists()
 
 
+def test_a_recorded_run_that_diverges_is_replayed_all_the_same():
+    assert not math.isfinite(train(dict(order="arrival"), "--lr", 1e30, "--steps", 20)[-1][2])
+
+
 @pytest.mark.parametrize("given,complaint", [
+    (["--splits", 3, 3], "different"), (["--windows", "0:1", "0:1"], "different"),
     (["--parts", "noises"], "--parts"), (["--splits", 0], "--splits"), (["--splits", 65], "--splits"),
     (["--gaussian", 40], "--gaussian"), (["--bit-steps", -1], "--bit-steps"), (["--bit-layer", "x"], "stages.1.0.conv"),
     (["--dropout", 1], "--dropout"), (["--windows", "3"], "--windows"), (["--windows", "3:3"], "--windows"),
