@@ -419,23 +419,24 @@ class Symmetry:
     """How far the output channels of each convolution are from being copies of one another.
 
     The head is left out: its outputs are the classes. A measure is many small operations, so the weights of several
-    steps are kept and measured together, layers of one shape at a time. Nothing waits for the device before `flush`.
+    steps are stored and measured together, layers of one shape at a time: layer by layer it takes four times as long
+    and more, which would be over a tenth of a small network's step. Nothing waits for the device before `flush`.
     """
 
     def __init__(self, model):
         self.weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-        self.alike = {}                                   # names of the layers, by shape
+        self.by_shape = {}                                   # names of the layers, by shape
         for name, weight in self.weights.items():
-            self.alike.setdefault(weight.shape, []).append(name)
-        self.first_broken = dict.fromkeys(self.weights, -1)
-        self.rows = []                                    # whose weights are kept, but not measured
+            self.by_shape.setdefault(weight.shape, []).append(name)
+        self.first_broken = dict.fromkeys(self.weights)   # None: not yet
+        self.rows = []                                    # whose weights are stored, but not measured
         self.measured = []                                # (rows, layers, measures) that the rows do not have yet
         self.watched = []                                 # (step, layers, whether each is broken) not looked at yet
         stem, size = self.weights["stem"], sum(weight.numel() for weight in self.weights.values())
-        self.kept = stem.new_empty(max(1, min(16, (1 << (28 if stem.is_cuda else 22)) // size)), size)
+        self.stored = stem.new_empty(max(1, min(16, (1 << (28 if stem.is_cuda else 22)) // size)), size)
         # To compute in: new memory takes a CPU longer than what is computed in it.
-        most = max(len(names) * shape.numel() for shape, names in self.alike.items())
-        self.room = stem.new_empty(len(self.kept) * most)
+        most = max(len(names) * shape.numel() for shape, names in self.by_shape.items())
+        self.scratch = stem.new_empty(len(self.stored) * most)
         # Two filters are taken for equal where a random linear form of their bits agrees: wrong once in 2^32.
         longest = max(weight[0].numel() for weight in self.weights.values())
         generator = torch.Generator().manual_seed(0)
@@ -446,49 +447,49 @@ class Symmetry:
     def watch(self, step):
         """Notes the layers whose filters have come apart after `step` steps, where no row is measured; costs nothing
         once all have."""
-        whole = [name for name, first in self.first_broken.items() if first < 0]
+        whole = [name for name, first in self.first_broken.items() if first is None]
         if whole:
             apart = [(weight != weight[:1]).any() for weight in map(self.weights.get, whole)]
             self.watched.append((step, whole, torch.stack(apart)))
 
     def note(self, step, names):
-        for name in names:
-            if not 0 <= self.first_broken[name] <= step:
-                self.first_broken[name] = step
+        for name in names:   # not in the order of the steps
+            first = self.first_broken[name]
+            self.first_broken[name] = step if first is None else min(step, first)
 
     @torch.no_grad()
     def measure(self, row):
         """By the next `flush` the row has {measure/layer: value}, and its tensors are numbers."""
-        weights = [self.weights[name].flatten() for names in self.alike.values() for name in names]
-        torch.cat(weights, out=self.kept[len(self.rows)])
+        weights = [self.weights[name].flatten() for names in self.by_shape.values() for name in names]
+        torch.cat(weights, out=self.stored[len(self.rows)])
         self.rows.append(row)
-        if len(self.rows) == len(self.kept):
-            self.measure_kept()
+        if len(self.rows) == len(self.stored):
+            self.measure_stored()
 
     @torch.no_grad()
-    def measure_kept(self):
-        """The measures of the weights that are kept, on the device."""
-        sizes = [len(names) * shape.numel() for shape, names in self.alike.items()]
-        kept = self.kept[: len(self.rows)].split(sizes, 1)
-        for (shape, names), weight in zip(self.alike.items(), kept, strict=True):
+    def measure_stored(self):
+        """The measures of the weights that are stored, on the device."""
+        sizes = [len(names) * shape.numel() for shape, names in self.by_shape.items()]
+        stored = self.stored[: len(self.rows)].split(sizes, 1)
+        for (shape, names), weight in zip(self.by_shape.items(), stored, strict=True):
             weight = weight.view(len(self.rows), len(names), *shape)   # (steps, layers, out, in, height, width)
             filters = weight.flatten(3)
-            room = self.room[: filters.numel()].view(filters.shape)
-            form = torch.mul(filters.view(torch.int32), self.form[: filters.shape[3]], out=room.view(torch.int32))
+            scratch = self.scratch[: filters.numel()].view(filters.shape)
+            form = torch.mul(filters.view(torch.int32), self.form[: filters.shape[3]], out=scratch.view(torch.int32))
             form = form.sum(3, dtype=torch.int32).sort(2).values
             distinct = 1 + (form[..., 1:] != form[..., :-1]).sum(2)
             size = filters.norm(dim=(2, 3))
-            apart = torch.sub(filters, filters.mean(2, keepdim=True), out=room).norm(dim=(2, 3))
+            apart = torch.sub(filters, filters.mean(2, keepdim=True), out=scratch).norm(dim=(2, 3))
             measures = {"distinct_filters": distinct, "spread": (apart / size).where((distinct > 1) & (size > 0), 0.0),
-                        "forward_correlation": mean_correlation(weight, self.room),
-                        "backward_correlation": mean_correlation(weight.transpose(2, 3), self.room)}
+                        "forward_correlation": mean_correlation(weight, self.scratch),
+                        "backward_correlation": mean_correlation(weight.transpose(2, 3), self.scratch)}
             self.measured.append((self.rows, names, measures))
         self.rows = []
 
     def flush(self):
         """Waits for the device; all rows, and first_broken, are complete then."""
         if self.rows:
-            self.measure_kept()
+            self.measure_stored()
         for step, names, apart in self.watched:
             self.note(step, (name for name, broken in zip(names, apart.tolist(), strict=True) if broken))
         for rows, names, measures in self.measured:
@@ -504,7 +505,7 @@ class Symmetry:
     def summary(self, step):
         self.measure(last := {"step": step})
         self.flush()
-        broken = {step: name for name, step in reversed(self.first_broken.items()) if step >= 0}
+        broken = {step: name for name, step in reversed(self.first_broken.items()) if step is not None}
         first = min(broken, default=None)
         return {"kept": not broken, "first_broken_step": first,
                 "first_broken_parameter": f"{broken[first]}.weight" if broken else None,
@@ -512,15 +513,53 @@ class Symmetry:
                 "spread": {name: last[f"spread/{name}"] for name in self.weights}}
 
 
-def mean_correlation(slices, room):
+def mean_correlation(slices, scratch):
     """(steps, layers, n, m, height, width) -> (steps, layers): mean Pearson correlation of all pairs of the n slices,
     without forming the pairs: with slices z centred and of norm one, |sum z|^2 = n + the sum over ordered pairs. NaN
-    where a slice is constant. room: memory for as many numbers."""
+    where a slice is constant. scratch: memory for as many numbers."""
     n = slices.shape[2]
-    z = room[: slices.numel()].view(slices.shape).copy_(slices).flatten(3)
+    z = scratch[: slices.numel()].view(slices.shape).copy_(slices).flatten(3)
     z -= z.mean(3, keepdim=True)
     total = ((1 / z.norm(dim=-1))[..., None, :] @ z).square().sum((-2, -1))
     return (total - n) / (n * (n - 1)) if n > 1 else torch.full_like(total, math.nan)
+
+
+# --------------------------------------------------------------------------------------------------------- the studies
+
+# Constant parts, dropout, order, the paper's test accuracy [%] on CIFAR-10: Table 1, its footnote, and ours.
+TABLE_1 = (("", 0.01, "fixed", 95.2), ("ab", 0.15, "fixed", 95.5), ("abc", 0.1, "fixed", 95.3),
+           ("abc", 0.01, "fixed", 95.3), ("abc", 0.0, "fixed", 95.0), ("abcd", 0.1, "fixed", 95.2),
+           ("abcd", 0.01, "fixed", 95.3), ("abcd", 0.0, "fixed", 10.0), ("abcd", 0.0, "atomic", "as a random start"),
+           ("abcd", 0.0, "shuffled", None))
+LEAKYNETS = ("h_hhhh_hhhh_hhhh", "i_iiii_iiii_iiii", "1_iiii_iiii_iiii", "1_iiii_11ii_iiii", "1_iiii_1111_iiii",
+             "1_ii11_ii11_ii11", "1_1111_1111_1111")   # the authors' seven
+STARTS = {"constnet": "abcd", "standard": ""}
+
+
+def arms(args, argv):
+    """{name: its arguments} of a plain run (every --order and --prox) or of a study."""
+    def arm(args=args, **other):
+        own = {"order": args.order[0], "prox": args.prox[0], "mask": None}
+        return argparse.Namespace(**{**vars(args), **own, **other})
+
+    if args.table1 is not None:
+        return {f"row{number}": arm(init=init, dropout=dropout, order=order)
+                for number, (init, dropout, order, _) in enumerate(TABLE_1, start=1)
+                if not args.table1 or number in args.table1}
+    if args.leakynet_study:
+        return {letters: arm(arch="leakynet", layer_init=letters) for letters in LEAKYNETS}
+    if args.figure2:   # with the defaults of each data set
+        return {f"{dataset}-{start}": arm(parse_arguments(argv, ["--dataset", dataset]), init=init, dropout=0.01)
+                for dataset in args.figure2 for start, init in STARTS.items()}
+    if args.signal:
+        return {"standard": arm(init="", layer_init="h" * (args.blocks + 1)),
+                (args.layer_init if args.arch == "leakynet" else args.init): arm()}
+    if args.prune:
+        dense = {start: arm(init=init) for start, init in STARTS.items()}
+        return dense | {f"{start}-{mask}-{keep:g}": arm(init=init, dense=start, mask=mask, keep=keep)
+                        for start, init in STARTS.items() for mask in ("largest", "random") for keep in args.prune}
+    return {order + (f"-prox{prox:g}" if len(args.prox) > 1 else ""): arm(order=order, prox=prox)
+            for order in args.order for prox in args.prox}
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -563,6 +602,8 @@ def cutout(x, size):
 
 
 def learning_rate(args, step, steps_per_epoch):
+    """The rate of --schedule at this step (from 0), after a warm-up that grows with every step; the milestones are the
+    authors' 60, 120 and 160 of 200 epochs."""
     steps = args.epochs * steps_per_epoch
     done, warmup = step / steps, args.warmup * steps
     rate = args.lr * min(1.0, (step + 1) / warmup) if warmup else args.lr
@@ -677,43 +718,61 @@ class Graph:
         return self.loss.clone()
 
 
-def train(args, name, seed, data, out):
-    """One arm; args.order and args.prox are its own. Continues from its checkpoint in out where there is one.
-
-    Returns {"summary": the arm's object in summary.json, "rows": those of metrics.csv}; its weights go to
-    out/NAME-SEED.pt. With several processes each takes its part of every batch (DistributedDataParallel).
-    """
-    images, labels, test_images, test_labels, classes = data
-    device, batch, run = images.device, args.batch_size, f"{name}-{seed}"
-    rank, processes = (0, 1) if study_of(args) else (common.RANK, common.PROCESSES)   # a study's process works alone
-    normalise = normaliser(images)
-
+def start_network(args, seed, data, out):
+    """The network of an arm at its start, on the device of the data, and the masks of its convolutions' weights: none,
+    or of --prune, from the trained weights of args.dense, which starts where that training was at step --rewind."""
     torch.manual_seed(draw(seed, 0, "weights"))
-    model = make_network(args, images.shape[1], classes)
-    masks = []
-    if args.mask:   # of the trained weights, for a network that starts where that training was at step --rewind
+    model, device, masks = make_network(args, data[0].shape[1], data[4]), data[0].device, []
+    if args.mask:
         dense = common.load_checkpoint(out / f"{args.dense}-{seed}.pt", "--prune")
         model.load_state_dict(dense)
         torch.manual_seed(draw(seed, 0, "mask"))
         masks = [mask.to(device) for mask in masks_of(conv_weights(model), args.mask, args.keep)]
         model.load_state_dict(common.load_checkpoint(out / f"{args.dense}-{seed}-rewind.pt", "--prune"))
     model.to(device).train()
-    weights = conv_weights(model)
     with torch.no_grad():
-        for weight, mask in zip(weights, masks, strict=bool(masks)):
+        for weight, mask in zip(conv_weights(model), masks, strict=bool(masks)):
             weight.mul_(mask)
-    for parameter, value in model.named_parameters():
-        value.requires_grad_(not any(fnmatch.fnmatchcase(parameter, pattern) for pattern in args.freeze))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(fnmatch.fnmatchcase(name, pattern) for pattern in args.freeze))
+    return model, masks
 
-    # In every arm but native nothing but the chosen additions may vary from run to run.
+
+def order_additions(args, model):
+    """The policy of the model's weight gradients. In every arm but native nothing but the chosen additions may vary
+    from run to run."""
     torch.use_deterministic_algorithms(args.order != "native")
     torch.backends.cudnn.deterministic = args.order != "native"
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     if args.order != "native":
         ordered_reduce.convert(model, "fixed", args.splits)
-    policy = ordered_reduce.convert(model, args.order, args.splits, args.order_seed, args.order_scope,
-                                    args.order_layers, args.order_steps)
+    return ordered_reduce.convert(model, args.order, args.splits, args.order_seed, args.order_scope, args.order_layers,
+                                  args.order_steps)
+
+
+def weights_sha256(model):
+    """Of all parameters and buffers, in the order of state_dict, as bytes."""
+    bits = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        bits.update(tensor.cpu().contiguous().numpy().tobytes())
+    return bits.hexdigest()
+
+
+def train(args, name, seed, data, out):
+    """One arm: args as arms() gives them, where order and prox are its own. Continues from its checkpoint in out where
+    there is one.
+
+    Returns {"summary": the arm's object in summary.json, "rows": those of metrics.csv}; its weights go to
+    out/NAME-SEED.pt. With several processes each takes its part of every batch (DistributedDataParallel).
+    """
+    images, labels, test_images, test_labels, _ = data
+    device, batch, run = images.device, args.batch_size, f"{name}-{seed}"
+    rank, processes = (0, 1) if study_of(args) else (common.RANK, common.PROCESSES)   # a study's process works alone
+    normalise = normaliser(images)
+
+    model, masks = start_network(args, seed, data, out)
+    weights, policy = conv_weights(model), order_additions(args, model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=args.lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.nesterov)
     symmetry = Symmetry(model)
@@ -851,55 +910,17 @@ def train(args, name, seed, data, out):
     log()
     seconds += time.perf_counter() - started
     save_weights(out / f"{run}.pt")
-    bits = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        bits.update(tensor.cpu().contiguous().numpy().tobytes())
     tested = [row for row in rows if "test_accuracy" in row][-1]
     summary = {"arm": name, "order": args.order, "splits": args.splits, "scope": args.order_scope,
                "dropout": args.dropout, "init": args.layer_init if args.arch == "leakynet" else args.init, "seed": seed,
                "dataset": args.dataset, "epochs": args.epochs, "steps": step, "test_accuracy": tested["test_accuracy"],
                "train_loss": tested.get("epoch_train_loss"), "diverged": diverged, "nonzero": tested["nonzero"],
-               "active": tested["active"], "symmetry": symmetry.summary(step), "weights_sha256": bits.hexdigest(),
+               "active": tested["active"], "symmetry": symmetry.summary(step), "weights_sha256": weights_sha256(model),
                "wall_seconds": round(seconds, 2), "images_per_second": round(step * batch / seconds, 1)}
     return {"summary": summary, "rows": rows}
 
 
-# --------------------------------------------------------------------------------------------------------- the studies
-
-# Constant parts, dropout, order, the paper's test accuracy [%] on CIFAR-10: Table 1, its footnote, and ours.
-TABLE_1 = (("", 0.01, "fixed", 95.2), ("ab", 0.15, "fixed", 95.5), ("abc", 0.1, "fixed", 95.3),
-           ("abc", 0.01, "fixed", 95.3), ("abc", 0.0, "fixed", 95.0), ("abcd", 0.1, "fixed", 95.2),
-           ("abcd", 0.01, "fixed", 95.3), ("abcd", 0.0, "fixed", 10.0), ("abcd", 0.0, "atomic", "as a random start"),
-           ("abcd", 0.0, "shuffled", None))
-LEAKYNETS = ("h_hhhh_hhhh_hhhh", "i_iiii_iiii_iiii", "1_iiii_iiii_iiii", "1_iiii_11ii_iiii", "1_iiii_1111_iiii",
-             "1_ii11_ii11_ii11", "1_1111_1111_1111")   # the authors' seven
-STARTS = {"constnet": "abcd", "standard": ""}
-
-
-def arms(args, argv):
-    """{name: its arguments} of a plain run (every --order and --prox) or of a study."""
-    def arm(args=args, **other):
-        own = {"order": args.order[0], "prox": args.prox[0], "mask": None}
-        return argparse.Namespace(**{**vars(args), **own, **other})
-
-    if args.table1 is not None:
-        return {f"row{number}": arm(init=init, dropout=dropout, order=order)
-                for number, (init, dropout, order, _) in enumerate(TABLE_1, start=1)
-                if not args.table1 or number in args.table1}
-    if args.leakynet_study:
-        return {letters: arm(arch="leakynet", layer_init=letters) for letters in LEAKYNETS}
-    if args.figure2:   # with the defaults of each data set
-        return {f"{dataset}-{start}": arm(parse_arguments(argv, ["--dataset", dataset]), init=init, dropout=0.01)
-                for dataset in args.figure2 for start, init in STARTS.items()}
-    if args.signal:
-        return {"standard": arm(init="", layer_init="h" * (args.blocks + 1)),
-                (args.layer_init if args.arch == "leakynet" else args.init): arm()}
-    if args.prune:
-        dense = {start: arm(init=init) for start, init in STARTS.items()}
-        return dense | {f"{start}-{mask}-{keep:g}": arm(init=init, dense=start, mask=mask, keep=keep)
-                        for start, init in STARTS.items() for mask in ("largest", "random") for keep in args.prune}
-    return {order + (f"-prox{prox:g}" if len(args.prox) > 1 else ""): arm(order=order, prox=prox)
-            for order in args.order for prox in args.prox}
+# -------------------------------------------------------------------------------------------------- signal propagation
 
 
 def signal_propagation(args, name, seed, data):

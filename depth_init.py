@@ -20,6 +20,7 @@ summary.json, curves.png, layers.png, and done/ (every finished arm).
 Exit status: 0 done, 2 bad input, 3 an arm diverged (its rows are kept), 130 interrupted (finished arms are kept).
 """
 
+import collections
 import itertools
 import json
 import math
@@ -34,7 +35,7 @@ from tqdm import tqdm
 import common
 
 INITS = ("he normal", "he uniform", "xavier normal", "xavier uniform")
-ARM = ("init", "scaling", "variance", "batch_norm")   # what names an arm, in this order
+Arm = collections.namedtuple("Arm", "init scaling variance batch_norm")
 OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": lambda *args, **more: torch.optim.SGD(*args, momentum=0.9, **more)}
 SCALINGS = ("unit", "constant", "increasing", "decreasing")
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
@@ -288,7 +289,7 @@ def train(args, arm, lr, data):
     inputs = images[0].numel() if args.network == "fc" else images.shape[1]
     model = Batched(args, inputs, classes, arm).to(images.device)
     optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=lr, fused=True)
-    names = {**dict(zip(ARM, arm, strict=True)), "lr": lr}
+    names = {**arm._asdict(), "lr": lr}
     probe = normalise(images[:256]), labels[:256]
     rows, layers = [], distributions(model, *probe, names, 0)
 
@@ -317,7 +318,7 @@ def train(args, arm, lr, data):
 # ------------------------------------------------------------------------------------------------------------- results
 
 def arm_of(row):
-    return tuple(row[key] for key in ARM)
+    return Arm(*(row[key] for key in Arm._fields))
 
 
 def at_best_rate(rows, others=()):
@@ -346,7 +347,7 @@ def claims(rows):
     """The paper's claims, each as a difference of final test accuracies [points] between arms alike in all else, paired
     by seed. None where the arms were not run."""
     accuracy, found = finals(rows), []
-    variances = sorted({arm[2] for arm in accuracy})
+    variances = sorted({arm.variance for arm in accuracy})
 
     def compare(claim, better, worse):
         if better in accuracy and worse in accuracy:
@@ -376,7 +377,7 @@ def claims(rows):
 def summarise(rows):
     rows, _ = at_best_rate(rows)
     accuracy, rates = finals(rows), {arm_of(row): row["lr"] for row in rows}
-    arms = [{**dict(zip(ARM, arm, strict=True)), "lr": rates[arm], "seeds": len(values),
+    arms = [{**arm._asdict(), "lr": rates[arm], "seeds": len(values),
              **dict(zip(("test_accuracy", "low", "high"), common.interval(values), strict=True))}
             for arm, values in accuracy.items()]
     return {"arms": arms, "claims": claims(rows)}
@@ -388,13 +389,13 @@ def draw_figures(rows, layers, config, directory):
     plt = common.plot_style()
     rows, layers = at_best_rate(rows, layers)
     arms = list(dict.fromkeys(map(arm_of, rows)))
-    kinds = list(dict.fromkeys((arm[0], arm[3]) for arm in arms))
-    variances = sorted({arm[2] for arm in arms})
+    kinds = list(dict.fromkeys((arm.init, arm.batch_norm) for arm in arms))
+    variances = sorted({arm.variance for arm in arms})
 
     def style(arm):
-        name = arm[1] + (f", V = {arm[2]:g}" if len(variances) > 1 and arm[1] != "unit" else "")
-        return {"color": f"C{SCALINGS.index(arm[1])}", "label": name,
-                "linestyle": ("-", "--", ":", "-.")[variances.index(arm[2]) % 4]}
+        name = arm.scaling + (f", V = {arm.variance:g}" if len(variances) > 1 and arm.scaling != "unit" else "")
+        return {"color": f"C{SCALINGS.index(arm.scaling)}", "label": name,
+                "linestyle": ("-", "--", ":", "-.")[variances.index(arm.variance) % 4]}
 
     def save(figure, name):
         common.save_figure(figure, directory / name)
@@ -402,7 +403,7 @@ def draw_figures(rows, layers, config, directory):
     figure, axes = plt.subplots(2, len(kinds), figsize=(4.2 * len(kinds), 6), squeeze=False, sharex=True, sharey="row",
                                 layout="constrained")
     for column, kind in enumerate(kinds):
-        for arm in (arm for arm in arms if (arm[0], arm[3]) == kind):
+        for arm in (arm for arm in arms if (arm.init, arm.batch_norm) == kind):
             mine = [row for row in rows if arm_of(row) == arm]
             for axis, key in zip(axes[:, column], ("test_accuracy", "train_loss"), strict=True):
                 epochs = sorted({row["epoch"] for row in mine if row[key] is not None})
@@ -418,7 +419,7 @@ def draw_figures(rows, layers, config, directory):
     figure, axes = plt.subplots(3, len(kinds), figsize=(4.2 * len(kinds), 9), squeeze=False, sharex=True, sharey="row",
                                 layout="constrained")
     for column, kind in enumerate(kinds):
-        for arm in (arm for arm in arms if (arm[0], arm[3]) == kind):
+        for arm in (arm for arm in arms if (arm.init, arm.batch_norm) == kind):
             for axis, quantity in zip(axes[:, column], ("activation", "gradient", "weight"), strict=True):
                 mine = sorted((row for row in layers if arm_of(row) == arm and row["quantity"] == quantity
                                and row["epoch"] == 0), key=lambda row: row["layer"])
@@ -428,10 +429,10 @@ def draw_figures(rows, layers, config, directory):
                         axis.plot(depths, [row[key] for row in mine], **{**style(arm), "linewidth": 0.8})
                     continue
                 axis.plot(depths, squares, **style(arm))
-                s = scales(len(depths), arm[1], arm[2], config["function"], config["n"], config["c"])
+                s = scales(len(depths), arm.scaling, arm.variance, config["function"], config["n"], config["c"])
                 # Eqs. 6 and 15: relative to the first layer's signal and to the last layer's gradient. They are for
                 # He's variance, 2 / n; between layers of n units Xavier's is 1 / n, half of it.
-                s = s / 2 if arm[0].startswith("xavier") else s
+                s = s / 2 if arm.init.startswith("xavier") else s
                 theory = (squares[0] * np.cumprod(s) / s[0] if quantity == "activation" else
                           squares[-1] * np.cumprod(s[::-1])[::-1] / s)
                 axis.plot(depths, theory, color=style(arm)["color"], linestyle=":", linewidth=1)
@@ -485,9 +486,9 @@ def main(argv=None):
     data = [tensor.to(args.device) for tensor in tensors] + [classes]
     if len(data[1]) < args.batch_size:
         common.fail(f"argument --batch-size: {args.batch_size} is more than the {len(data[1])} training images")
-    out = common.start_run(args, f"runs/depth_init/{args.dataset}", (*ARM, "lr", "device"))
-    arms = dict.fromkeys((init, scaling, 1.0 if scaling == "unit" else variance, norm) for init, scaling, variance, norm
-                         in itertools.product(args.init, args.scaling, args.variance, args.batch_norm))
+    out = common.start_run(args, f"runs/depth_init/{args.dataset}", (*Arm._fields, "lr", "device"))
+    grid = map(Arm._make, itertools.product(args.init, args.scaling, args.variance, args.batch_norm))
+    arms = dict.fromkeys(arm._replace(variance=1.0) if arm.scaling == "unit" else arm for arm in grid)
     pieces = {" ".join(map(str, (*arm, lr))): (args, arm, lr, data) for arm in arms for lr in args.lr}
     try:
         done = common.work(pieces, train, out)

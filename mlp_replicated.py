@@ -18,6 +18,7 @@ Exit status: 0 done, 2 bad input, 3 a cell diverged (its test error is left empt
 kept).
 """
 
+import collections
 import hashlib
 import itertools
 import json
@@ -34,7 +35,7 @@ import common
 TILE = 256        # hidden units of one matrix product: all products have one shape, so that no cell sees its neighbours
 SLICE = 250       # test images evaluated at a time
 GROWING = ("widths", "features", "noise", "dropout", "seeds")   # what --resume may add to
-GRID = ("width", "features", "noise", "dropout")   # what names a cell, in this order
+Cell = collections.namedtuple("Cell", "width features noise dropout")   # of the grid: N, K
 SMALL = dict(widths=[8, 16, 32, 64], seeds=10, steps=1500)
 PAPER = dict(widths=[8, 16, 32, 64, 128, 256], seeds=30, steps=7500)
 DEFAULTS = {dataset: SMALL if dataset == "digits" else PAPER for dataset in common.DATASETS}
@@ -113,8 +114,8 @@ def check_arguments(args):
 
 def grid(args):
     """All cells with K <= N, by width."""
-    return [cell for cell in itertools.product(sorted(args.widths), sorted(args.features), args.noise, args.dropout)
-            if cell[1] <= cell[0]]
+    cells = itertools.product(sorted(args.widths), sorted(args.features), args.noise, args.dropout)
+    return [cell for cell in map(Cell._make, cells) if cell.features <= cell.width]
 
 
 # ------------------------------------------------------------------------------------------- initialisation, measures
@@ -168,11 +169,11 @@ def rooms(cells, memory_units):
     """The cells in consecutive lists that fit, and the units each takes with its last tile filled up."""
     lists, used = [[]], 0
     for cell in cells:
-        if used + cell[0] > memory_units and lists[-1]:
+        if used + cell.width > memory_units and lists[-1]:
             lists, used = [*lists, []], 0
         lists[-1].append(cell)
-        used += cell[0]
-    return [(cells, -(-sum(cell[0] for cell in cells) // TILE) * TILE) for cells in lists]
+        used += cell.width
+    return [(some, -(-sum(cell.width for cell in some) // TILE) * TILE) for some in lists]
 
 
 @torch.no_grad()
@@ -183,7 +184,7 @@ def train(cells, units, seeds, data, args, tick):
     scale = 1 / float(x_train.max())
     w1 = torch.zeros(S, units, inputs, device=device)   # the units of all cells of a seed, one after the other
     groups, first = [], 0                               # (N, its cells, their first unit, their W2)
-    for width, alike in itertools.groupby(cells, key=lambda cell: cell[0]):
+    for width, alike in itertools.groupby(cells, key=lambda cell: cell.width):
         alike = list(alike)
         w2 = torch.empty(S, len(alike), classes, width, device=device)
         for (s, seed), (c, cell) in itertools.product(enumerate(seeds), enumerate(alike)):
@@ -215,7 +216,7 @@ def train(cells, units, seeds, data, args, tick):
             for s, seed in enumerate(seeds):
                 counts = distinct_units(w1[s, first:first + len(alike) * width].view(len(alike), width, inputs))
                 for c, cell in enumerate(alike):
-                    rows.append({**dict(zip(GRID, cell, strict=True)), "seed": seed, "step": step,
+                    rows.append({**cell._asdict(), "seed": seed, "step": step,
                                  "distinct": counts[0][c], "distinct_to_1e-3": counts[1][c],
                                  "test_error": error[s, c].item() if error is not None and healthy[s][c] else None})
 
@@ -235,15 +236,15 @@ def train(cells, units, seeds, data, args, tick):
         for width, alike, first, w2 in groups:
             C, place = len(alike), slice(first, first + len(alike) * width)
             h = hidden[:, place].reshape(S * C, width, batch)
-            if any(cell[3] for cell in alike):
-                dropout = torch.tensor([cell[3] for cell in alike], device=device).repeat(S)[:, None, None]
+            if any(cell.dropout for cell in alike):
+                dropout = torch.tensor([cell.dropout for cell in alike], device=device).repeat(S)[:, None, None]
                 draws = torch.stack([torch.rand(width, batch, generator=drops[seed, width], device=device)
                                      for seed in seeds]).repeat_interleave(C, 0)
                 h = h * (draws >= dropout) / (1 - dropout)
             p = torch.bmm(w2, h).softmax(1)
             p.view(S, C, classes, batch).sub_(y[:, None]).div_(batch)        # the gradient of the mean cross entropy
             back = torch.ops.aten.threshold_backward(torch.bmm(w2.transpose(1, 2), p), h, 0)
-            if any(cell[3] for cell in alike):
+            if any(cell.dropout for cell in alike):
                 back /= 1 - dropout
             gradient[:, place] = back.view(S, C * width, batch)
             w2.baddbmm_(p, h.transpose(1, 2), alpha=-args.lr)
@@ -263,7 +264,8 @@ def ordered_update(w1, gradient, x, groups, seeds, step, args):
         for c, cell in enumerate(alike):
             place = slice(first + c * width, first + (c + 1) * width)
             partials = torch.bmm(gradient[s, place].unflatten(1, (args.splits, -1)).transpose(0, 1), parts[s])
-            op = int.from_bytes(hashlib.sha256(repr(cell).encode()).digest()[:4], "little")   # the cell's own draws
+            key = hashlib.sha256(repr(tuple(cell)).encode()).digest()   # a cell has draws of its own
+            op = int.from_bytes(key[:4], "little")
             w1[s, place] -= args.lr * ordered_reduce.sum(partials, 0, order=args.order, splits=args.splits, seed=seed,
                                                          step=step, op=op)
 
@@ -272,7 +274,7 @@ def ordered_update(w1, gradient, x, groups, seeds, step, args):
 
 
 def cell_of(row):
-    return tuple(row[key] for key in GRID)
+    return Cell(*(row[key] for key in Cell._fields))
 
 
 def table_of_errors(rows):
@@ -355,7 +357,7 @@ def statements(errors):
 
 def summarise(rows, left_out):
     errors = table_of_errors(rows)
-    cells = [{**dict(zip(GRID, cell, strict=True)), "seeds": len(values), "test_error": float(values.mean()),
+    cells = [{**cell._asdict(), "seeds": len(values), "test_error": float(values.mean()),
               "standard_deviation": float(values.std(ddof=1)) if len(values) > 1 else None}
              for cell, values in errors.items()]
     return {"cells": cells, "cells_left_out": left_out, "statements": statements(errors)}
@@ -366,7 +368,7 @@ def draw_figures(rows, directory):
     the seeds), features.png (units that are no copies, over training, in the widest network)."""
     plt = common.plot_style()
     errors = table_of_errors(rows)
-    conditions = sorted({cell[2:] for cell in map(cell_of, rows)})
+    conditions = sorted({(cell.noise, cell.dropout) for cell in map(cell_of, rows)})
     features = sorted({row["features"] for row in rows})
     colours = {k: plt.get_cmap("viridis")(i / max(1, len(features) - 1)) for i, k in enumerate(features)}
 
@@ -385,7 +387,8 @@ def draw_figures(rows, directory):
 
     def error_over_width(bars):
         def draw(axis, k, condition, style):
-            mine = [(cell[0], values) for cell, values in errors.items() if cell[1] == k and cell[2:] == condition]
+            mine = [(cell.width, values) for cell, values in errors.items()
+                    if cell.features == k and (cell.noise, cell.dropout) == condition]
             if mine:
                 widths, values = zip(*mine, strict=True)
                 spread = [v.std(ddof=1) if len(v) > 1 else 0 for v in values] if bars else None

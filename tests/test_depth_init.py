@@ -233,5 +233,5 @@ def test_bad_arguments_are_one_line_and_exit_2(capsys, given, complaint):
 def test_digits_train():
     *tensors, classes = common.load_data("digits", None)
     args = arguments("--layers", 4, "--epochs", 4, "--seeds", 2)
-    rows, _ = depth_init.train(args, ("he normal", "unit", 1.0, "off"), 0.003, [*tensors, classes])
+    rows, _ = depth_init.train(args, depth_init.Arm("he normal", "unit", 1.0, "off"), 0.003, [*tensors, classes])
     assert min(row["test_accuracy"] for row in rows if row["epoch"] == 4) > 70
