@@ -1,5 +1,7 @@
 """The audit finds what is planted, and nothing where nothing is."""
 
+import collections
+import dataclasses
 import json
 import subprocess
 import sys
@@ -142,13 +144,200 @@ def test_command_line(tmp_path):
 
 
 @pytest.mark.parametrize("arguments,named", [
-    (["--ops", "nothing"], "--ops: 'nothing'"), (["--device", "tpu9"], "--device: 'tpu9'"), (["--seed", "-1"], "--seed: -1"),
+    (["--ops", "nothing"], "--ops: 'nothing'"), (["--device", "tpu9"], "--device: 'tpu9'"), (["--device", "hpu"], "--device: 'hpu'"),
+    (["--seed", "-1"], "--seed: -1"),
     (["--json", "/no/such/folder/x"], "--json: /no/such/folder/x"), (["--verbose"], "--verbose")], ids=str)
 def test_bad_input_is_one_line_and_exit_status_2(arguments, named, capsys):
     with pytest.raises(SystemExit) as stopped:
         operations.main(arguments)
     said = capsys.readouterr()
     assert stopped.value.code == 2 and said.out == "" and said.err.count("\n") == 1 and named in said.err
+
+
+# ---------------------------------------------------------------------------------------------- modules of every kind
+
+
+class Do(nn.Module):
+    """do(self, *inputs), with parameters, modules and numbers by name."""
+
+    def __init__(self, do, **held):
+        super().__init__()
+        self.do, self.calls = do, 0
+        for name, value in held.items():
+            setattr(self, name, nn.Parameter(value) if isinstance(value, torch.Tensor) else value)
+
+    def forward(self, *inputs, **named):
+        self.calls += 1
+        return self.do(self, *inputs, **named)
+
+
+@dataclasses.dataclass
+class Answer:
+    value: torch.Tensor
+
+
+class Answers(collections.OrderedDict):
+    pass
+
+
+def failures(report, check):
+    return [(row["operation"], row["pass"], row["failures"][check]) for row in report if check in row["failures"]]
+
+
+@pytest.mark.parametrize("answer", [lambda x: None, lambda x: 1.0, Answer, lambda x: Answers(value=x)])
+def test_an_output_that_cannot_be_seen_gets_a_row_of_dashes(answer):
+    silent = Do(lambda self, x: answer(x * self.scale), scale=torch.ones(16))
+    model = Do(lambda self, x: (self.silent(x), self.linear(x))[1], silent=silent, linear=nn.Linear(16, 16))
+    report = ordered_reduce.audit(model, torch.randn(6, 16))
+    (row,) = rows_of(report, "silent (Do)").values()
+    assert [row[check] for check in CHECKS] == ["-"] * 4 and not row["failures"]
+    assert rows_of(report, "linear (Linear)")["gradient of weight"]["repeats"] == "yes"
+
+
+@pytest.mark.parametrize("do", [
+    lambda self, x: self.linear(x) if self.calls % 2 else x * self.scale, lambda self, x: x[:, :1 + self.calls % 2] * self.scale[:1],
+    lambda self, x: (x * self.scale,) * (1 + self.calls % 2)], ids=["branch", "shape", "number of outputs"])
+def test_a_structure_that_varies_does_not_repeat(do):
+    report = ordered_reduce.audit(Do(do, linear=nn.Linear(16, 16), scale=torch.ones(16)), torch.randn(6, 16))
+    whole = rows_of(report, "the whole model (Do)")
+    assert len(whole) > 1 and all(row["repeats"] == "no" for row in whole.values())
+
+
+def experts(self, x):
+    chosen, out = x[:, :3].argmax(1), torch.zeros_like(x)
+    for number, expert in enumerate(self.experts):
+        if (chosen == number).any():
+            out[chosen == number] = expert(x[chosen == number])
+    return out
+
+
+def test_branches_that_depend_on_the_data():
+    """Where channels are equal, or samples fewer, other experts get a gradient."""
+    x = torch.randn(6, 16)
+    x[:, :3] = torch.eye(3)[[1, 2, 1, 2, 0, 0]]
+    model = Do(experts, experts=nn.ModuleList(nn.Linear(16, 16) for _ in range(3)))
+    adaptive = nn.AdaptiveLogSoftmaxWithLoss(16, 20, [5, 10])
+    for routed, input in ((model, x), (adaptive, (x, torch.tensor([1, 7, 12, 3, 8, 15])))):
+        report = ordered_reduce.audit(routed, input)
+        assert {row["repeats"] for row in report} == {"yes"} and not failures(report, "error")
+        assert report[-1]["operation"].startswith("the whole model") and report[-1]["pass"] == "gradients"
+
+
+@pytest.mark.parametrize("error", [AssertionError(), KeyError("x"), ZeroDivisionError("by 0"), TypeError("a\nb"), RuntimeError()], ids=repr)
+def test_what_a_module_raises_alone_stands_in_its_row(error):
+    def once(self, x):
+        if self.calls > 1:
+            raise error
+        return x
+
+    def six(self, x):
+        assert len(x) == 6 and x.std(1).min() > 0    # refuses fewer samples, and equal channels
+        return x * 2
+
+    report = ordered_reduce.audit(nn.Sequential(Do(once), Do(six), nn.ReLU()), torch.randn(6, 16))
+    (row,) = rows_of(report, "0 (Do)").values()
+    assert row["repeats"] == "-" and row["failures"]["error"][0].startswith(type(error).__name__)
+    assert "\n" not in row["failures"]["error"][0]
+    for row in rows_of(report, "1 (Do)").values():
+        assert [row[check] for check in CHECKS] == ["yes", "-", "-", "yes"]
+    assert rows_of(report, "2 (ReLU)")["forward"]["batch"] == "yes"
+
+
+def test_leaves_what_the_model_writes_to(device):
+    model = nn.Embedding(9, 16, max_norm=0.5).to(device)
+    before = model.weight.detach().clone()
+    ordered_reduce.audit(model, torch.arange(9, device=device))
+    assert torch.equal(model.weight, before)
+    for x in (torch.ones(6, 16, device=device), torch.ones(6, 16, device=device, requires_grad=True)):
+        report = ordered_reduce.audit(Do(lambda self, x: x.mul_(2)), x)
+        assert torch.equal(x, torch.ones_like(x)) and not failures(report, "error")
+
+
+def test_models_that_differentiate_in_their_forward(device):
+    def forces(self, x):
+        energy = self.linear(x.requires_grad_()).square().sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+    model = Do(forces, linear=nn.Linear(16, 3)).to(device)
+    report = ordered_reduce.audit(model, torch.randn(6, 16, device=device))
+    assert {row["repeats"] for row in report} == {"yes"} and report[-1]["pass"] == "gradients"
+    assert model.linear.weight.grad is None
+
+
+def attention(size, **named):
+    x = torch.randn(6, size, 16)
+    return nn.MultiheadAttention(16, 2, batch_first=True), dict(query=x, key=x, value=x, **named)
+
+
+def images(*channels):
+    return torch.randn(6, *channels)
+
+
+def largest(report, check):
+    """The largest difference that the table shows."""
+    return max([float(row["failures"][check][0].split("(")[1].strip(")")) for row in report if check in row["failures"]], default=0)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: attention(5, key_padding_mask=torch.randn(6, 5)), lambda: attention(16, key_padding_mask=torch.randn(6, 16)),
+    lambda: (nn.LSTM(16, 8, bidirectional=True), images(5, 16)), lambda: (nn.Bilinear(16, 12, 7), (images(16), images(12))),
+    lambda: (Do(lambda self, x: x * self.scale + self.place, place=images(5, 16)[:1], scale=torch.randn(1, 1, 16)), images(5, 16)),
+    lambda: (Do(lambda self, x: F.layer_norm(x, (5, 16), self.weight), weight=images(16)[:5]), images(5, 16)), lambda: (nn.PixelShuffle(2), images(16, 4, 4)), lambda: (nn.GLU(1), images(16)),
+    lambda: (nn.Sequential(nn.ConstantPad1d(1, 0.0), nn.ReflectionPad1d(1)), images(16, 7)),
+    lambda: (Do(lambda self, x, y: self.loss(x * 1, y), loss=nn.CrossEntropyLoss()), (images(10), torch.arange(6)))], ids=[
+        "attention", "square attention", "LSTM", "Bilinear", "places", "LayerNorm", "PixelShuffle", "GLU", "padding", "loss"])
+def test_channels_that_differ_by_design_are_no_failure(make):
+    torch.manual_seed(0)
+    report = ordered_reduce.audit(*make())
+    assert report and not failures(report, "error") and largest(report, "equal channels") < 1e-6
+
+
+def test_equal_channels_are_asked_of_what_holds_them():
+    """The parameter's own channels, in a third dimension, and an attention's output."""
+    torch.manual_seed(0)
+    report = ordered_reduce.audit(Do(lambda self, x: x + self.place, place=torch.randn(1, 5, 16)), images(5, 16))
+    assert {row["equal channels"] for row in report} == {"yes"}
+    assert [row["equal channels"] for row in ordered_reduce.audit(*attention(5))[:2]] == ["yes"] * 2
+
+
+def encoder(**options):
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, **options), 1, enable_nested_tensor=bool(options))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: (encoder().layers[0], images(5, 16)), lambda: (encoder(), images(5, 16)),
+    lambda: (Do(lambda self, x, mask: F.scaled_dot_product_attention(x, x, x, mask)), (images(6, 16), images(6))),
+    lambda: (Do(lambda self, x: (x * 1, x.square().mean())), images(16)),
+    lambda: (nn.utils.parametrizations.spectral_norm(nn.Linear(16, 20)), images(16)),
+    lambda: (nn.utils.parametrize.register_parametrization(nn.Linear(16, 20), "weight", Do(lambda self, w: w - w.mean(0))), images(16))], ids=[
+        "layer", "encoder", "mask", "mean", "spectral norm", "parametrization"])
+def test_what_is_no_sample_is_not_cut(make):
+    torch.manual_seed(0)
+    report = ordered_reduce.audit(*make())
+    assert report and not failures(report, "error") and largest(report, "batch") < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_end_no_audit():
+    report = ordered_reduce.audit(encoder(batch_first=True).eval().requires_grad_(False),
+                                  dict(src=images(5, 16), src_key_padding_mask=torch.arange(5).expand(6, 5) > 2))
+    assert failures(report, "error") and rows_of(report, "the whole model (TransformerEncoder)")["forward"]["repeats"] == "yes"
+
+
+def test_inputs_of_every_kind():
+    x = torch.randn(6, 16)
+    rows = rows_of(ordered_reduce.audit(Do(lambda self, x: x * self.input, input=torch.randn(16)), x), "the whole model (Do)")
+    assert list(rows) == ["forward", "gradient of input 0", "gradient of input"]
+    packed = nn.utils.rnn.pack_padded_sequence(images(5, 16), [5, 5, 4, 3, 2, 1], batch_first=True)
+    sparse = Do(lambda self, a, x: a @ self.linear(x), linear=nn.Linear(16, 16))
+    for model, input in ((nn.LSTM(16, 8), packed), (nn.Embedding(9, 16, sparse=True), torch.arange(9)), (sparse, (torch.eye(6).to_sparse(), x)),
+                         (nn.Linear(16, 16, dtype=torch.complex64), x.cfloat()), (nn.LazyLinear(16), x)):
+        report = ordered_reduce.audit(model, input)
+        assert {row["repeats"] for row in report} == {"yes"}, report
+    conjugate = ordered_reduce.audit(Do(lambda self, x: (x * self.calls).conj()), x.cfloat())
+    assert [row["repeats"] for row in conjugate] == ["no"]
+    with pytest.raises(ValueError, match="input must hold a tensor.* got 3"):
+        ordered_reduce.audit(Do(lambda self, x: x), 3)
 
 
 def test_the_command_does_not_hide_the_function():
@@ -290,3 +479,85 @@ def test_training_names_dropout_though_its_difference_is_large(device):
     assert found["repeats"] is None and found["apart"].items() >= {"step": 0, "module": "6", "pass": "output"}.items()
     with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
         ordered_reduce.audit_training(symmetric(device), 0)
+
+
+def plain(build, x, loss=lambda y: y.abs().square().mean(), prepare=lambda model: None):
+    """make() of a run of steps without an optimizer object."""
+    def make():
+        torch.manual_seed(0)
+        model = build()
+        prepare(model)
+
+        def step(number):
+            loss(model(x)).backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p -= 0.1 * p.grad
+                        p.grad = None
+
+        return model, step
+    return make
+
+
+def optimizer_in_backward(model):
+    def use_up(p):
+        with torch.no_grad():
+            p -= 0.1 * p.grad
+        p.grad = None
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(use_up)
+
+
+def per_sample():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2)), torch.randn(6, 8)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x[None],)).square().mean()
+
+    def step(number):
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p -= 0.1 * gradients[name].mean(0)
+
+    return model, step
+
+
+X, TOKENS, NOTHING = torch.randn(6, 16), torch.randint(9, (6, 4)), {"repeats": None, "apart": None, "window": None}
+ROWS = Do(lambda self, a: torch.sparse.mm(a, torch.ones(16, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:no window was sought", "ignore:Sparse CSR")
+@pytest.mark.parametrize("make,order", [
+    (plain(lambda: nn.Linear(16, 16), X, prepare=optimizer_in_backward), "shuffled"),
+    (plain(lambda: nn.Embedding(9, 16, sparse=True), TOKENS), "shuffled"),
+    (plain(lambda: nn.Sequential(ROWS, nn.Linear(3, 4)), torch.eye(16).to_sparse().requires_grad_()), "shuffled"),
+    (per_sample, "shuffled"), (plain(lambda: nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 4)), X), "shuffled"),
+    (plain(lambda: nn.LSTM(16, 8), X, loss=lambda y: y[0].sum()), "shuffled"),
+    (plain(lambda: nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 4)), TOKENS), "arrival"),
+    (plain(lambda: nn.Linear(16, 16, dtype=torch.complex64), X.cfloat()), "shuffled")], ids=[
+        "optimizer in backward", "sparse gradient", "sparse input", "torch.func", "lazy", "LSTM", "arrival and embedding", "complex"])
+def test_training_of_every_kind_is_watched(make, order):
+    assert ordered_reduce.audit_training(make, 2, order=order) == NOTHING
+
+
+def test_training_without_layers_to_convert_is_answered():
+    class Noisy(nn.LSTM):
+        def forward(self, x):
+            return super().forward(x)[0] + 1e-6 * torch.randn(1, generator=generator)
+
+    generator = torch.Generator()
+    generator.seed()
+    found = ordered_reduce.audit_training(plain(lambda: Noisy(16, 8), X), 1)
+    assert found["repeats"] == {"step": 0, "module": "", "pass": "output"} and found["window"] is None
+
+
+def test_training_with_copies_of_nan_and_a_wrong_order():
+    build = plain(lambda: nn.Sequential(Do(lambda self, x: x * torch.nan), nn.Linear(16, 4)), torch.ones(6, 16, requires_grad=True))
+    assert ordered_reduce.audit_training(build, 1) == NOTHING
+    with pytest.raises(ValueError, match="order must be one of .* got 'bogus'"):
+        ordered_reduce.audit_training(lambda: pytest.fail("it ran"), 1, order="bogus")

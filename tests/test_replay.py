@@ -3,6 +3,9 @@
 import gzip
 import json
 import math
+import os
+import subprocess
+import sys
 
 import ordered_reduce
 import pytest
@@ -320,6 +323,27 @@ def test_tapes_do_not_nest_and_an_exception_closes_them(path, tmp_path):
     assert len(sums(path)) == 1
     with ordered_reduce.replay(path):
         arrival(noise(8, 40))
+
+
+FORKS = """
+import os, sys, ordered_reduce, torch
+x = torch.ones(64, 5000)
+for opened in (ordered_reduce.record, ordered_reduce.replay):
+    with opened(sys.argv[1]):
+        ordered_reduce.sum(x, 0, order="arrival")
+        child = os.fork()
+        ordered_reduce.sum(x, 0, order="arrival")
+        if not child:
+            sys.exit()    # leaves the `with`, as a worker that fails does
+        assert os.waitpid(child, 0) == (child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_leaves_the_tape_alone(path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}   # OpenMP's threads do not survive a fork
+    subprocess.run([sys.executable, "-c", FORKS, str(path)], check=True, timeout=120, env=environment)
+    assert len(sums(path)) == 2
 
 
 def test_other_orders_and_sums_outside_are_not_recorded(path):

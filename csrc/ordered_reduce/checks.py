@@ -15,14 +15,17 @@ import copy
 import dataclasses
 import functools
 import math
+import traceback
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 CHECKS = ("repeats", "equal channels", "batch", "threads")
 REPEATS = 3   # runs of the same input
+TRANSFORMERS = (nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 class Report(list):
@@ -53,10 +56,12 @@ class Case:
     lenient: tuple = ()      # names whose channels may differ by design: only differences as small as rounding's count
 
 
-def same_bits(a, b):
-    def bits(t):
-        return t.detach().contiguous().reshape(-1).view(torch.uint8)
+def bits(t):
+    """The bytes of a tensor, of whatever layout in memory."""
+    return t.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
+
+def same_bits(a, b):
     return a.shape == b.shape and torch.equal(bits(a), bits(b))
 
 
@@ -64,7 +69,7 @@ def difference(a, b):
     """The largest difference, relative to the largest entry of a; NaN where the shapes differ."""
     if a.shape != b.shape:
         return math.nan
-    a, b = a.detach().double(), b.detach().double()
+    a, b = a.detach().cdouble(), b.detach().cdouble()   # complex ones, too
     return ((a - b).abs().max() / a.abs().max().clamp_min(1e-300)).item()
 
 
@@ -84,7 +89,7 @@ def channel_dims(module, t):
                                nn.MultiheadAttention, nn.RNNBase))
     second = isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.MaxPool1d,
                                  nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d))
-    if t.ndim < 2 or not t.is_floating_point() or t.numel() == 0:
+    if t.layout != torch.strided or t.ndim < 2 or not t.is_floating_point() or t.numel() == 0:
         return ()
     return (t.ndim - 1,) if last or (t.ndim == 3 and not second) else (1,)
 
@@ -103,21 +108,28 @@ def _equalised(t, dims):
     return torch.empty_like(t).copy_(first).requires_grad_(t.requires_grad)
 
 
+def _dense(t):
+    return t.detach().clone() if t.layout == torch.strided else t.detach().to_dense()
+
+
 def _run(case, tensors, gradients=None, seed=0):
-    """({pass: [tensors]}, the gradients given to the outputs: drawn where none are given)."""
+    """({pass: [tensors]}, the gradients given to the outputs: drawn where none are given). Gradients that do not fit
+    the outputs are given to none."""
     leaves = {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in tensors.items()}
     with seeded(seed), torch.enable_grad():
         result = case.function(**{name: t.clone() for name, t in leaves.items()})   # clones: it may write to them
         outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        passes = {"forward": [t.detach().clone() for t in outputs]}
+        passes = {"forward": [_dense(t) for t in outputs]}
         if gradients is None:
             gradients = [torch.randn_like(t) if t.requires_grad else None for t in outputs]
+        if [g is not None and g.shape for g in gradients] != [t.requires_grad and t.shape for t in outputs]:
+            return passes, gradients
         heads = [(t, g) for t, g in zip(outputs, gradients, strict=True) if t.requires_grad]
         wanted = [name for name, t in leaves.items() if t.requires_grad]
         if heads and wanted:
             got = torch.autograd.grad([t for t, _ in heads], [leaves[name] for name in wanted], [g for _, g in heads],
                                       allow_unused=True)
-            passes |= {f"gradient of {name}": [g] for name, g in zip(wanted, got, strict=True) if g is not None}
+            passes |= {f"gradient of {name}": [_dense(g)] for name, g in zip(wanted, got, strict=True) if g is not None}
     return passes, gradients
 
 
@@ -131,28 +143,35 @@ def check(case, seed=0):
         return _run(case, tensors, gradients, seed)[0]
 
     def note(which, p, a, b, where=""):
-        if found[p].get(which) is None:
+        if found.setdefault(p, {}).get(which) is None:
             text = ", ".join(filter(None, (case.name, where)))
             found[p][which] = None if same_bits(a, b) else f"{text} ({difference(a, b):.0e})".strip()
 
-    def compare(which, ours, theirs):
-        for p in first:
-            for a, b in zip(ours[p], theirs[p], strict=True):
-                note(which, p, a, b)
+    def compare(which, again):
+        for p in {**first, **again}:
+            if len(first.get(p, ())) != len(again.get(p, ())):   # a random branch: other outputs or gradients
+                found.setdefault(p, {})[which] = f"{case.name} (not in every run)".strip()
+            else:
+                for a, b in zip(first.get(p, ()), again.get(p, ()), strict=True):
+                    note(which, p, a, b)
 
     def named(p):
         return "output" if p == "forward" else p.removeprefix("gradient of ")
 
     for _ in range(REPEATS - 1):
-        compare("repeats", first, run())
-    if any(checks["repeats"] for checks in found.values()):
+        compare("repeats", run())
+    if any(checks.get("repeats") for checks in found.values()):
         return found     # every other comparison would find the same
 
-    equal = run({name: _equalised(t, case.channels(name, t)) for name, t in case.tensors.items()},
-                [g if g is None else _equalised(g, case.channels("output", g)) for g in gradients])
-    mixed = any(t.numel() > 1 and not case.channels("output", t) for t in first["forward"])   # nn.Flatten and the like
-    for p, results in equal.items():
-        for t in results:
+    # What the module refuses, or what only other data lead to, does not apply: here and in smaller batches.
+    try:
+        equal = run({name: _equalised(t, case.channels(name, t)) for name, t in case.tensors.items()},
+                    [g if g is None else _equalised(g, case.channels("output", g)) for g in gradients])
+    except Exception:
+        equal = {}
+    mixed = any(not case.channels("output", t) for t in first["forward"])   # nn.Flatten, losses and the like
+    for p in first:
+        for t in equal.get(p, ()):
             for dim in case.channels(named(p), t):
                 copies, lenient = first_channel(t, dim), mixed or named(p) in case.lenient
                 if t.shape[dim] > 1 and not (lenient and difference(t, copies) > rounding(t)):
@@ -160,8 +179,11 @@ def check(case, seed=0):
 
     batched = {name: case.batch(name, t) for name, t in case.tensors.items()}
     sizes = {t.shape[batched[name]] for name, t in case.tensors.items() if batched[name] is not None}
-    if len(sizes) == 1 and any(case.batch("output", t) is not None for t in first["forward"]):
+    cut = [case.batch("output", t) is not None for t in first["forward"]]
+    if len(sizes) == 1 and any(cut):
         whole = sizes.pop()
+        # Where an output is one number for the whole batch, a mean, gradients depend on the batch's size by definition.
+        asked = [p for p in first if p == "forward" or all(c or g is None for c, g in zip(cut, gradients, strict=True))]
         for few in sorted({n for n in (1, whole // 2 + 1) if n < whole}):
             def part(t, dim, few=few):
                 return t if dim is None else t.detach().narrow(dim, 0, few).requires_grad_(t.requires_grad)
@@ -169,19 +191,20 @@ def check(case, seed=0):
             try:
                 less = run({name: part(t, batched[name]) for name, t in case.tensors.items()},
                            [g if g is None else part(g, case.batch("output", g)) for g in gradients])
-            except (RuntimeError, ValueError, IndexError):   # it puts the samples elsewhere, or refuses fewer
+            except Exception:   # or it puts the samples elsewhere
                 break
-            for p in first:
-                for a, b in zip(first[p], less[p], strict=True):
-                    if case.batch(named(p), a) is not None:
-                        note("batch", p, part(a, case.batch(named(p), a)), b, f"{few} of {whole} samples")
+            for p in asked:
+                for a, b in zip(first[p], less.get(p, ()), strict=False):
+                    dim = case.batch(named(p), a)
+                    if dim is not None and part(a, dim).shape == b.shape:
+                        note("batch", p, part(a, dim), b, f"{few} of {whole} samples")
 
     if device.type == "cpu":
         before = torch.get_num_threads()
         try:
             for number in {1, 2} - {before}:
                 torch.set_num_threads(number)
-                compare("threads", first, run())
+                compare("threads", run())
         finally:
             torch.set_num_threads(before)
     return found
@@ -189,12 +212,13 @@ def check(case, seed=0):
 
 def rows(operation, device, cases, seed=0, one=False):
     """The rows of a Report for one operation, from all its cases; with `one`, all gradients share a row. An operation
-    that PyTorch refuses gives one row of "-"."""
+    that raises something gives one row of "-"."""
     try:
         found = [check(case, seed) for case in cases]
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except Exception as error:   # a module run alone may raise anything, and the others are still to be checked
+        said = traceback.format_exception_only(error)[0].splitlines()[0]
         return [{"operation": operation, "pass": "forward", "device": device, **dict.fromkeys(CHECKS, "-"),
-                 "failures": {"error": [str(error).splitlines()[0]]}}]
+                 "failures": {"error": [said]}}]
     result = {}
     for p, checks in [(p, checks) for passes in found for p, checks in passes.items()]:
         name = "gradients" if one and p != "forward" else p
@@ -207,15 +231,25 @@ def rows(operation, device, cases, seed=0, one=False):
     return list(result.values())
 
 
-def _module_case(module, args, kwargs, container):
+def _module_cases(module, args, kwargs, container, weight):
+    """The Case of a module on this input. A generator, so that `rows` reports what even this raises."""
     flat, spec = tree_flatten((args, kwargs))
     places = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
-    inputs = {"input" if n == 0 else f"input {n}": flat[i] for n, i in enumerate(places)}
     held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    sample = int(getattr(module, "batch_first", True) is False)   # the dimension of the samples; of hidden states, 1
-    samples = (sample, 1) if isinstance(module, nn.RNNBase) else (sample,)
-    coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules())
+    inputs = {f"input {n}" if n or "input" in held else "input": flat[i] for n, i in enumerate(places)}
     some = next(iter(inputs.values()), None)
+
+    def axes(name, t):   # of a parameter: all hold channels, but for the pixels of a convolution's weight
+        pixels = isinstance(module.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvNd)
+        return range(min(2, t.ndim) if pixels else t.ndim) if t.is_floating_point() and t.numel() else ()
+
+    widths = {t.shape[dim] for name, t in held.items() for dim in axes(name, t)}
+    widths |= {some.shape[dim] for dim in channel_dims(module, some)} if some is not None else set()
+    # Of PyTorch's transformers only the attention inside knows where the samples are.
+    where = module.modules() if isinstance(module, TRANSFORMERS) else [module]
+    sample = int(next((m.batch_first for m in where if hasattr(m, "batch_first")), True) is False)
+    samples = (sample, int(isinstance(module, nn.RNNBase)))   # their dimension; else of hidden states, attention maps
+    coupled = weight or any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules())
     size = some.shape[sample] if some is not None and some.ndim > sample and not coupled else None
 
     def function(**tensors):
@@ -226,49 +260,68 @@ def _module_case(module, args, kwargs, container):
         return torch.func.functional_call(module, {name: tensors[name] for name in held}, args, kwargs)
 
     def channels(name, t):
-        if name in held:   # a weight is (out, in, ...), any other parameter (channels, ...)
-            return range(min(2, t.ndim)) if t.is_floating_point() and t.numel() else ()
+        if name in held:
+            return axes(name, t)
         if name == "output" and some is not None and some.is_floating_point() and some.ndim != t.ndim:
             return ()
-        return channel_dims(module, t)
+        return [dim for dim in channel_dims(module, t) if t.shape[dim] in widths]
 
     def batch(name, t):
         return next((dim for dim in samples if name not in held and t.ndim > dim and t.shape[dim] == size), None)
 
+    if some is not None and some.shape.count(size) > 1 and sum(batch(*item) is not None for item in inputs.items()) > 1:
+        size = None   # (T, T) masks of T samples: which inputs hold samples cannot be told
     for t in inputs.values():
-        t.requires_grad_(t.is_floating_point())
-    lenient = (*held, *inputs, "output") if container else tuple(held)
-    return Case("", function, {**inputs, **held}, channels, batch, lenient)
+        t.requires_grad_(t.is_floating_point() and t.layout == torch.strided)
+    mixes = container or isinstance(module, nn.MultiheadAttention) or getattr(module, "bidirectional", False)
+    if inputs or held:
+        yield Case("", function, {**inputs, **held}, channels, batch,
+                   (*held, *inputs, "output") if mixes else tuple(held))
 
 
 def audit(model, input, *, device=None, seed=0):
     """Checks every module of a model, forward and backward, in the mode (training or not) that it is in.
 
-    The model runs once; then every leaf module is run alone on the input it got, with random gradients for its outputs,
-    and put to the checks that are named at the top of this file. A row for the whole model follows. Other modules get
-    rows where they fail a check that nothing inside them fails: the culprit is then in the code of their forward. It
-    takes about seven runs of every module, and a copy of what each of them reads.
+    The model runs once; then every leaf module is run alone on the input it got in its first call, with random
+    gradients for its outputs, and put to the checks that are named at the top of this file. A row for the whole model
+    follows. Other modules get rows where they fail a check that nothing inside them fails: the culprit is then in the
+    code of their forward. It takes about seven runs of every module, and a copy of what each of them reads.
 
     Args:
-      model: nn.Module. It is left as it was: parameters, buffers and PyTorch's generators do not change.
-      input: its input; a tuple for several positional arguments, a dict for keyword arguments. The first dimension is
-        the samples (the second where a module has batch_first=False), the second the channels (the last for linear
-        layers, layer norms, embeddings, attention, and three-dimensional tensors that are not a 1-d convolution's).
+      model: nn.Module. It is left as it was: parameters (but for lazy ones, which get their shapes), buffers and
+        PyTorch's generators do not change.
+      input: its input; a tuple for several positional arguments, a dict for keyword arguments. It is not written to.
+        The first dimension is the samples (the second where a module has batch_first=False), the second the channels
+        (the last for linear layers, layer norms, embeddings, attention, and three-dimensional tensors that are not a
+        1-d convolution's).
       device: "cpu", "cuda", ...: where a copy of the model is to be checked; None: where its input is.
       seed: of PyTorch's generators, set before each run: a module that then differs from run to run draws its noise
         elsewhere, or from the order in which threads arrive.
 
-    Returns a Report; print it. Channels of parameter gradients may differ by design (the rows of an embedding, the
-    gates of an LSTM): there, and in modules made of others, only differences as small as rounding's count. Raises what
-    the model raises, and TypeError where model is no module.
+    Returns a Report; print it. Channels may differ by design: in parameter gradients (the rows of an embedding, the
+    gates of an LSTM), in modules made of others, in attention, in bidirectional layers, and where an output has no
+    dimension of channels, one as long as the first input's or one of a parameter's (losses, nn.GLU, nn.PixelShuffle).
+    There only differences as small as rounding's count. A module that mixes its channels in another way gets a "no".
+
+    Besides, "-" stands where a module run alone raises something (the row names it), where its outputs are no tensors
+    that PyTorch's pytrees see, where equal channels or fewer samples take another branch, and under "batch" where one
+    of several inputs may hold samples or not, another dimension being as long as the batch: (T, T) masks of T samples.
+
+    Raises what the model raises, TypeError where model is no module, and ValueError where there is no tensor at all.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"audit(): argument 'model' must be Module, not {type(model).__name__}")
-    args, kwargs = ((), input) if isinstance(input, dict) else (input if isinstance(input, tuple) else (input,), {})
+    args, kwargs = ((), input) if isinstance(input, dict) else (input if type(input) is tuple else (input,), {})
     if device is not None:
         model = copy.deepcopy(model).to(device)
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if not any(isinstance(t, torch.Tensor) for t in (*state.values(), *tree_leaves((args, kwargs)))):
+        raise ValueError(f"input must hold a tensor where the model has none; got {input!r}")
     calls = {}
+
+    def fresh(t):   # written to, it leaves t as it is; and so does a backward pass within the model
+        return t.detach().requires_grad_(t.requires_grad).clone()
 
     def remember(name, module, args, kwargs):
         calls.setdefault(name, tree_map_only(torch.Tensor, lambda t: t.detach().clone(), (args, kwargs)))
@@ -277,9 +330,10 @@ def audit(model, input, *, device=None, seed=0):
     hooks = [module.register_forward_pre_hook(functools.partial(remember, name), with_kwargs=True)
              for name, module in modules.items()]
     try:
-        with seeded(seed), torch.no_grad():
-            buffers = {name: t.clone() for name, t in model.named_buffers()}
-            torch.func.functional_call(model, buffers, args, kwargs)
+        with seeded(seed), torch.enable_grad():   # for models that differentiate in their forward
+            args, kwargs = tree_map_only(torch.Tensor, fresh, (args, kwargs))
+            state = {name: fresh(t) for name, t in state.items() if not is_lazy(t)}
+            torch.func.functional_call(model, state, args, kwargs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -287,10 +341,11 @@ def audit(model, input, *, device=None, seed=0):
     found = {}
     for name in reversed(calls):   # the inner ones first
         inside = [row for other in found if other.startswith(f"{name}." if name else "") for row in found[other]]
-        case = _module_case(modules[name], *calls[name], container=bool(inside))
-        if case.tensors:
-            label = f"{name or 'the whole model'} ({type(modules[name]).__name__})"
-            found[name] = rows(label, str(next(iter(case.tensors.values())).device), [case], seed, one=bool(inside))
+        module, weight = modules[name], "parametrizations" in name.split(".")   # it reads a weight: no samples
+        tensors = (*tree_leaves(calls[name]), *module.parameters(), *module.buffers())
+        device = next((str(t.device) for t in tensors if isinstance(t, torch.Tensor)), "-")
+        found[name] = rows(f"{name or 'the whole model'} ({type(module).__name__})", device,
+                           _module_cases(module, *calls[name], bool(inside), weight), seed, one=bool(inside))
         blamed = {check for row in inside for check in row["failures"]}
         if name and inside and all(row["failures"].keys() <= blamed for row in found[name]):
             found[name] = []

@@ -152,7 +152,6 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
     check_order(order, splits, seed, op, scope, SUM_ORDERS)
     dims = -1 if dim is None else _mask(dim, x.ndim)
     if order == "arrival":
-        _step(step, order, "x", x)
         return arrival(x, dims, keepdim, splits, step, op)
     call = _sum if x.requires_grad and torch.is_grad_enabled() else _sum_forward
     if forward_ad._current_level >= 0:
@@ -308,6 +307,7 @@ class _Arrival(torch.autograd.Function):
 
 def arrival(x, dims, keepdim, splits, step, op, terms=None):
     """sum(order="arrival") with the dimensions checked. terms: how many the tape is to say that an output has."""
+    _step(step, "arrival", "x", x)
     if torch.compiler.is_compiling():   # breaks the graph
         raise RuntimeError("order='arrival' cannot be compiled: its tickets are kept by Python")
     count = math.prod(size for d, size in enumerate(x.shape) if dims >> d & 1)

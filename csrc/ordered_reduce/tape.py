@@ -8,6 +8,7 @@ are numbered in one byte where there are at most 256, else in four, little-endia
 import contextlib
 import gzip
 import json
+import os
 import struct
 import threading
 import typing
@@ -107,6 +108,18 @@ def keep(entry, tickets):
         _tape.write(entry, tickets)
 
 
+def _leave_to_parent():
+    """In a forked process: the tape stays the parent's, and what waits in the copies of its buffers goes nowhere."""
+    global _tape
+    if _tape is not None:
+        os.dup2(os.open(os.devnull, os.O_RDWR), _tape.file.fileno())
+        _tape = None
+
+
+if hasattr(os, "register_at_fork"):   # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 @contextlib.contextmanager
 def _opened(path, writes):
     global _tape
@@ -126,7 +139,7 @@ def _opened(path, writes):
         _tape = tape
         try:
             yield
-            if not writes and (left := tape.read_entry()) is not None:
+            if not writes and _tape is tape and (left := tape.read_entry()) is not None:
                 raise RuntimeError(f"the tape {path} has more sums than the {tape.count} of this run; the next has "
                                    f"{left}")
         finally:
@@ -139,8 +152,10 @@ def record(path):
 
     The file is compressed. A step of constnet.py's network on the digits (173,840 weights in 16 layers, 8 groups) took
     662 bytes on two busy CPU cores, 44 kB before compression; orders with no pattern at all would take 18 kB. Every
-    process needs a tape of its own. What was recorded before an exception is a tape, too. On a GPU every sum then waits
-    for the device. Raises OSError where the file cannot be written, RuntimeError where a tape is open already.
+    process needs a tape of its own; one that is forked meanwhile has none. What was recorded before an exception is a
+    tape, too. On a GPU every sum then waits for the device. For another `with`, call it again.
+
+    Raises OSError where the file cannot be written, RuntimeError where a tape is open already.
     """
     return _opened(path, True)
 
@@ -148,9 +163,9 @@ def record(path):
 def replay(path):
     """While open, sums in order "arrival" add their groups in the order that `record` wrote down instead of racing.
 
-    From the same start the run repeats bit for bit, with any number of threads and on another kind of device, provided
-    that it makes the same sums, in the same sequence, of the same partial sums: for a weight gradient those are
-    PyTorch's.
+    The run repeats bit for bit only where PyTorch's own kernels, forward and backward, give the same bits again: the
+    tape holds orders, not the numbers that are added. From the same start, where they do, other numbers of threads and
+    other kinds of device make no difference, provided that the same sums are made in the same sequence.
 
     Raises ValueError where the file is no tape, OSError where it cannot be read, RuntimeError at the first sum that
     differs from the tape's in outputs, terms (samples of the batch), groups, op or step, where the tape ends early, is

@@ -2,15 +2,18 @@
 little noise in the order of additions is enough for that?"""
 
 import contextlib
+import functools
 import glob
 import hashlib
+import warnings
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
-from .checks import channel_dims, difference, first_channel, rounding, seeded
-from .layers import convert
+from .checks import bits, channel_dims, difference, first_channel, rounding, same_bits, seeded
+from .layers import Policy, _convertible, convert
 
 
 def _sides(t):
@@ -27,7 +30,7 @@ def _watching(model, see):
     def look(name, module, what, side, t):
         sides = dict.fromkeys(channel_dims(module, t), side)
         see(name, what, t, sides)
-        if not t.requires_grad or not torch.is_grad_enabled():
+        if not t.requires_grad or not torch.is_grad_enabled() or t.layout != torch.strided:
             return t
         t = t.view_as(t)   # a view for every reader: the gradient that arrives is this reader's alone
         t.register_hook(lambda g: see(name, f"gradient of {what}", g, sides))
@@ -45,11 +48,15 @@ def _watching(model, see):
     for name, module in model.named_modules():
         if not list(module.children()) or isinstance(module, nn.MultiheadAttention):
             watch(name, module)
+
+    def accumulated(module, what, p):
+        if p.grad is not None:   # a hook of the user's may have used it up
+            see(module, f"gradient of {what}", p.grad, _sides(p))
+
     for name, p in model.named_parameters():
-        if p.requires_grad:
+        if p.requires_grad and not is_lazy(p):
             module, _, what = name.rpartition(".")
-            hooks.append(p.register_post_accumulate_grad_hook(
-                lambda p, module=module, what=what: see(module, f"gradient of {what}", p.grad, _sides(p))))
+            hooks.append(p.register_post_accumulate_grad_hook(functools.partial(accumulated, module, what)))
     try:
         yield
     finally:
@@ -65,7 +72,8 @@ def _train(make, steps, see, seed):
 
         def weights(what):
             for name, p in model.named_parameters():
-                see(now, name.rpartition(".")[0], what + name.rpartition(".")[2], p, _sides(p))
+                if not is_lazy(p):   # until its first input gives it a shape
+                    see(now, name.rpartition(".")[0], what + name.rpartition(".")[2], p, _sides(p))
 
         weights("initial ")
         with _watching(model, lambda *event: see(now, *event)):
@@ -102,13 +110,16 @@ def _smallest_window(make, steps, order, splits, seed, spread):
 
     def apart(t, dim):
         mean = t.mean(dim, keepdim=True)
-        return not torch.equal(t, first_channel(t, dim)) and ((t - mean).norm() / t.norm()).item() >= spread
+        return not same_bits(t, first_channel(t, dim)) and ((t - mean).norm() / t.norm()).item() >= spread
 
     with seeded(seed):
-        names = convert(make()[0]).layers
+        names = [name for name, module in make()[0].named_modules() if _convertible(module)
+                 and not (order == "arrival" and isinstance(module, nn.Embedding))]
+    if not names:
+        return None
     quiet = run(names, (steps, steps + 1))
     kept = [(name, dim) for name, p in quiet.items() for dim in _sides(p)
-            if p.shape[dim] > 1 and torch.equal(p, first_channel(p, dim))]
+            if p.shape[dim] > 1 and same_bits(p, first_channel(p, dim))]
 
     def suffices(layers, window):
         after = run(layers, window)
@@ -125,7 +136,12 @@ def audit_training(make, steps, *, order="shuffled", splits=8, seed=0, spread=0.
 
     The run is made twice and watched: what every leaf module reads and writes, the gradients of both, the gradients of
     the parameters and the parameters after every step, in the order of their computation. For the window it is made
-    about 2 log2(layers) + 2 log2(steps) times more, with all Conv2d and Linear layers converted.
+    about 2 log2(layers) + 2 log2(steps) times more, with all layers that `convert` knows converted.
+
+    Not seen are tensors whose bytes PyTorch does not show (sparse ones, those within torch.func's transforms), the
+    gradients that a hook of yours has used up before, and those of lazy parameters; the parameters after each step are.
+    All runs are made in this process: what differs between processes only, as the order of a set of strings does unless
+    PYTHONHASHSEED is set, goes unnoticed.
 
     Args:
       make: () -> (model, step), both new and in the same state at every call; step(i) does training step i (forward,
@@ -149,26 +165,31 @@ def audit_training(make, steps, *, order="shuffled", splits=8, seed=0, spread=0.
         model.named_modules(), narrowed with the order in force at all steps; then the steps are narrowed. Neither end
         of either can move further. Both are found by bisection, which assumes monotony: that a window around a
         sufficient window suffices. There may be other windows, shorter ones too. None also where no channels stay
-        copies without noise.
+        copies without noise, where no layer can be converted (to "arrival" no embedding can), or, with a warning,
+        where the run raises something once layers are converted.
 
-    Raises ValueError for a wrong argument or where the model has no Conv2d or Linear layer, and what make and step
-    raise.
+    Raises ValueError for a wrong argument, and what make and step raise.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
+    Policy(order, splits, seed)   # refuses wrong arguments before the work is done
     events, differ, equal_input = [], set(), {}
     repeats = apart = None
 
     def digest(step, module, what, t):
-        bits = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return step, module, what, hashlib.blake2b(bits, digest_size=8).digest()
+        try:
+            found = hashlib.blake2b(bits(t.detach().cpu()).numpy(), digest_size=8).digest()
+        except RuntimeError:   # PyTorch has no bytes to show
+            found = None
+        return step, module, what, found
 
     def first_run(step, module, what, t, sides):
         nonlocal apart
         events.append(digest(step, module, what, t))
-        for dim, side in sides.items() if apart is None else ():
+        readable = events[-1][-1] is not None
+        for dim, side in sides.items() if readable and apart is None else ():
             t = t.detach()
-            copies = t.shape[dim] < 2 or torch.equal(t, first_channel(t, dim))
+            copies = t.shape[dim] < 2 or same_bits(t, first_channel(t, dim))
             if what == "input":
                 equal_input[module] = t.shape if copies else None
             if copies or (module, side) in differ:
@@ -187,4 +208,9 @@ def audit_training(make, steps, *, order="shuffled", splits=8, seed=0, spread=0.
     _train(make, steps, first_run, seed)
     rest = iter(events)
     _train(make, steps, second_run, seed)
-    return {"repeats": repeats, "apart": apart, "window": _smallest_window(make, steps, order, splits, seed, spread)}
+    try:
+        window = _smallest_window(make, steps, order, splits, seed, spread)
+    except Exception as error:   # make and step ran twice without it: they cannot be run with layers converted
+        warnings.warn(f"no window was sought: the run with converted layers raises {error!r}", stacklevel=2)
+        window = None
+    return {"repeats": repeats, "apart": apart, "window": window}
