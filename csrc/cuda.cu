@@ -14,16 +14,16 @@
 //               the others, whose groups group_sums (one thread a group and column) and long_sums (one block) add up
 //               first. In atomic order race_few does that for rows of few terms.
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <bit>
 
 #include "exact.h"
-#include "ops.h"
+#include "launch.h"
 
 namespace ordered {
 namespace {
@@ -41,10 +41,6 @@ constexpr int kShuffled = 64;      // most groups that a thread shuffles in its 
 
 constexpr int kNarrowest = 8;      // fewest neighbouring outputs that are read side by side: a sector of floats
 constexpr int64_t kManyTasks = 1 << 14;   // tasks that keep a GPU busy with one warp each
-
-void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "ordered_reduce: ", cudaGetErrorString(error));
-}
 
 // A (task, row, lane) array: the terms of one group of one output, or the lane sums of its pieces.
 struct Rows {
@@ -103,17 +99,24 @@ template <class T, class Acc, bool ACROSS>
 __global__ void lane_sums(Rows r, const T* __restrict__ x, Acc* __restrict__ out, int64_t pieces, int segments,
                           int blocks) {
   __shared__ Acc shared[kWarps<ACROSS>][kLanes][ACROSS ? kLanes : 1];
+  constexpr int kOutputs = ACROSS ? kLanes : 1;
   const int64_t outputs = r.tasks / r.groups;
-  const int64_t columns = (outputs + kLanes - 1) / kLanes;
+  const int64_t columns = (outputs + kOutputs - 1) / kOutputs;
   const int per_block = kWarps<ACROSS> / segments;                  // tasks, or columns of tasks, that share a block
-  const int64_t items = ((ACROSS ? columns * r.groups : r.tasks) + per_block - 1) / per_block;
+  const int64_t items = (columns * r.groups + per_block - 1) / per_block;
   const int seg = threadIdx.y % segments;
-  for (int64_t job = blockIdx.x; job < items * pieces; job += gridDim.x) {   // neighbours in memory one after the other
-    const int64_t piece = ACROSS ? job / items : job % pieces;
-    const int64_t item = (ACROSS ? job % items : job / pieces) * per_block + threadIdx.y / segments;
-    const int64_t output = item % columns * kLanes + threadIdx.x;   // ACROSS only
-    const int64_t task = ACROSS ? output * r.groups + item / columns : item;
-    const bool mine = ACROSS ? output < outputs && item / columns < r.groups : task < r.tasks;
+  // Neighbours in memory come one after the other, so that what is read for one is still there for the next: outputs, or
+  // the pieces of a task and its groups.
+  const bool beside = ACROSS || (r.terms && r.inner > 1 && r.inner_stride == 1 && r.term_stride != 1);
+  for (int64_t job = blockIdx.x; job < items * pieces; job += gridDim.x) {
+    const int64_t piece = beside ? job / items : job % pieces;
+    const int64_t item = (beside ? job % items : job / pieces) * per_block + threadIdx.y / segments;
+    int64_t output = 0, task = item;
+    if (beside) {
+      output = item % columns * kOutputs + (ACROSS ? threadIdx.x : 0);
+      task = output * r.groups + item / columns;
+    }
+    const bool mine = ACROSS ? output < outputs && item / columns < r.groups : item < r.tasks;
     int64_t size = 0;
     const T* terms = x;
     if (mine) terms += r.locate(task, size);
@@ -243,7 +246,8 @@ __global__ void combine(Partials r, P* partial, T* out, bool shuffled, bool per_
     Acc sum = Acc(-0.0f);
     if (tickets) {
       const int32_t* by = tickets + o / kStretch * r.groups;
-      for (int64_t g = 0; g < r.groups; ++g) sum = sum + Acc(p[by[g] * r.group_stride]);
+      for (int64_t g = 0; g < r.groups; ++g)   // nothing else has checked the tickets
+        sum = sum + Acc(p[min(uint32_t(by[g]), uint32_t(r.groups - 1)) * r.group_stride]);
     } else if (shuffled && r.groups <= kRows) {
       const int first = kRows - int(r.groups);
       Acc v[kRows];
@@ -355,18 +359,6 @@ __global__ void arrive(Partials r, const P* __restrict__ partial, Acc* fetched, 
     __syncthreads();
     if (threadIdx.x == 0) tickets[s * r.groups + atomicAdd(next + s, 1)] = int32_t(g);
   }
-}
-
-template <class T, class Acc>
-__global__ void fill(Acc* x, int64_t n, Acc value) {
-  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x)
-    x[i] = value;
-}
-
-template <class T, class Acc>
-__global__ void convert(const Acc* x, T* out, int64_t n) {
-  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x)
-    out[i] = T(x[i]);
 }
 
 constexpr int kAhead = 4;                        // reads of a thread before it adds what they gave
@@ -486,13 +478,42 @@ __device__ int64_t offset(const Reduction& r, int64_t output) {      // of its f
   return outer * r.outer_stride + (output - outer * r.inner) * r.inner_stride;
 }
 
+// Adds a block's sums shared[0 ... outputs - 1] to whole[0], .... The last of `blocks` blocks to come here gets back in
+// shared what that makes; the others get false.
+template <int OUTPUTS, int WARPS>
+__device__ bool gather(Exact* shared, Exact* whole, int outputs, int64_t blocks) {
+  __shared__ bool complete;
+  const int thread = threadIdx.y * kLanes + threadIdx.x;
+  if (thread < outputs) {
+    Exact &mine = shared[thread], &all = whole[thread];
+    mine.carry();
+    for (int k = mine.begin(); k < mine.end(); ++k)
+      if (const int64_t digit = mine.digit[k])
+        atomicAdd(reinterpret_cast<unsigned long long*>(&all.digit[k]), static_cast<unsigned long long>(digit));
+    atomicOr(&all.seen, mine.seen);
+    __threadfence();
+  }
+  __syncthreads();
+  if (thread == 0) {
+    complete = atomicAdd(&whole->additions, 1u) + 1 == blocks;   // counts the blocks that came here
+    __threadfence();
+  }
+  __syncthreads();
+  if (!complete) return false;
+  const volatile int64_t* const from = reinterpret_cast<int64_t*>(whole);   // volatile: as L2 has it now
+#pragma unroll
+  for (int first = 0; first < OUTPUTS * kWords; first += WARPS * kLanes)
+    if (const int i = first + thread; i < outputs * kWords) reinterpret_cast<int64_t*>(shared)[i] = from[i];
+  __syncthreads();
+  return true;
+}
+
 // A block sums one piece of the terms of one output, or (ACROSS) of 32 neighbouring ones. With more than one piece,
-// whole[output] gathers them, and the block that is the last to come there goes on with that. Then it rounds the sum.
+// whole[output] gathers them, and the block that is the last to come there rounds the sum.
 template <class T, bool ACROSS>
 __global__ void exact_sums(Reduction r, const T* __restrict__ x, T* out, Exact* whole, int64_t piece, int64_t pieces) {
   constexpr int kOutputs = ACROSS ? kLanes : 1;
   __shared__ Exact shared[kOutputs];
-  __shared__ bool complete;
   const int thread = threadIdx.y * kLanes + threadIdx.x;
   const int64_t columns = (r.outputs() + kOutputs - 1) / kOutputs;
   for (int64_t job = blockIdx.x; job < columns * pieces; job += gridDim.x) {
@@ -501,31 +522,8 @@ __global__ void exact_sums(Reduction r, const T* __restrict__ x, T* out, Exact* 
     const T* terms = x + offset(r, output);
     add_exactly<ACROSS>(shared, output < r.outputs(), begin, min(r.terms, begin + piece),
                         [&](int64_t i) { return double(terms[i * r.term_stride]); });
-    if (pieces > 1) {
-      if (thread < outputs) {
-        Exact &mine = shared[thread], &all = whole[o + thread];
-        mine.carry();
-        for (int k = mine.begin(); k < mine.end(); ++k)
-          if (const int64_t digit = mine.digit[k])
-            atomicAdd(reinterpret_cast<unsigned long long*>(&all.digit[k]), static_cast<unsigned long long>(digit));
-        atomicOr(&all.seen, mine.seen);
-        __threadfence();
-      }
-      __syncthreads();
-      if (thread == 0) {
-        complete = atomicAdd(&whole[o].additions, 1u) + 1 == pieces;   // counts the blocks that came here
-        __threadfence();
-      }
-      __syncthreads();
-      if (complete) {
-        const volatile int64_t* const from = reinterpret_cast<int64_t*>(whole + o);   // volatile: as L2 has it now
-#pragma unroll
-        for (int first = 0; first < kOutputs * kWords; first += kExactWarps * kLanes)
-          if (const int i = first + thread; i < outputs * kWords) reinterpret_cast<int64_t*>(shared)[i] = from[i];
-        __syncthreads();
-      }
-    }
-    if ((pieces == 1 || complete) && thread < outputs) out[o + thread] = shared[thread].template rounded<T>();
+    const bool complete = pieces == 1 || gather<kOutputs, kExactWarps>(shared, whole + o, outputs, pieces);
+    if (complete && thread < outputs) out[o + thread] = shared[thread].template rounded<T>();
     __syncthreads();
   }
 }
@@ -537,12 +535,6 @@ __device__ T sum_of_few(int64_t n, const Term& term) {
   double hi = -0.0, lo = 0;
   uint32_t largest = 0;                                // upper half of |term|
   bool off = false;                                    // whether an addition was rounded
-  const auto add_to = [](double& sum, double x) {      // Knuth's two-sum: what was rounded off
-    const double before = sum;
-    sum += x;
-    const double other = sum - before;
-    return (before - (sum - other)) + (x - other);
-  };
   for (int i = TOGETHER > 1 ? threadIdx.x % TOGETHER : 0; i < int(n); i += kAhead * TOGETHER) {
     double v[kAhead];
 #pragma unroll
@@ -610,7 +602,8 @@ __device__ Acc lane_sum(const T* source, const int64_t* position, int64_t n, int
 
 constexpr int kThreads = 256;      // in a block of the kernels of index_add, but for
 constexpr int kLongThreads = 1024; // long_sums
-constexpr int kLongWarps = 16;     // and add_exact_long
+constexpr int kLongWarps = 16;     // and add_exact_long,
+constexpr int64_t kSharing = 1 << 9;   // whose blocks share terms where they would be fewer
 constexpr int64_t kAlone = kBlock; // most terms of a group that one thread adds up
 constexpr int kKept = 8;           // most groups of a pack that a thread keeps to shuffle them
 constexpr int kPackBytes = 16;     // what a thread reads at once
@@ -745,6 +738,14 @@ __device__ int list_of(const Reduction& r, int64_t n) {
   return r.order == Order::atomic && min(n, r.groups) > 2 ? kRaced : -1;
 }
 
+// partial[at(v, start[v]) + g][d] is for the sum of group g of row v, if that is in a list. Such rows have more than
+// 2^shift terms, so that first >> shift tells them apart.
+struct Places {
+  int shift;                       // -1: v itself takes less memory
+  int64_t each;                    // places of a row
+  __device__ int64_t at(int64_t v, int64_t first) const { return (shift < 0 ? v : first >> shift) * each; }
+};
+
 // In no order: every row has places of its own for its partial sums.
 __global__ void plan(Reduction r, Segments s, Lists lists) {
   for (int64_t v = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; v < r.outer; v += int64_t(gridDim.x) * blockDim.x) {
@@ -755,10 +756,10 @@ __global__ void plan(Reduction r, Segments s, Lists lists) {
   }
 }
 
-// partial[start[v] + g][d] = the sum of group g of row v (there are no more groups than terms), one thread each. In
-// atomic order that sum is raced into sums[v][d] instead.
+// The partial sums of list 0, one thread each. In atomic order they are raced into sums[v][d] instead.
 template <class T, class Acc>
-__global__ void group_sums(Reduction r, Segments s, Lists lists, const T* __restrict__ source, Acc* partial, Acc* sums) {
+__global__ void group_sums(Reduction r, Segments s, Lists lists, Places places, const T* __restrict__ source,
+                           Acc* partial, Acc* sums) {
   for_places(*lists.count * r.groups, r.inner, [&](int64_t k, int64_t d) {
     const int64_t v = lists.rows[0][k / r.groups], g = k % r.groups, first = s.start[v];
     const Group group = Groups(s.start[v + 1] - first, r.groups)[g];   // with so many terms there are r.groups
@@ -775,7 +776,7 @@ __global__ void group_sums(Reduction r, Segments s, Lists lists, const T* __rest
     while (half /= 2)
       for (int l = 0; l < half; ++l) lanes[l] = tree(lanes[l], lanes[l + half]);
     if (sums) atomicAdd(sums + v * r.inner + d, lanes[0]);
-    else partial[(first + g) * r.inner + d] = lanes[0];
+    else partial[(places.at(v, first) + g) * r.inner + d] = lanes[0];
   });
 }
 
@@ -783,7 +784,8 @@ __global__ void group_sums(Reduction r, Segments s, Lists lists, const T* __rest
 // rows (aligned, complete subtrees) make up its threads.
 template <class T, class Acc>
 __global__ void __launch_bounds__(kLongThreads)
-    long_sums(Reduction r, Segments s, Lists lists, const T* __restrict__ source, Acc* partial, Acc* sums) {
+    long_sums(Reduction r, Segments s, Lists lists, Places places, const T* __restrict__ source, Acc* partial,
+              Acc* sums) {
   __shared__ Acc shared[kLongThreads];
   const int width = blockDim.x, lane = threadIdx.y % kLanes, segments = blockDim.y / kLanes, seg = threadIdx.y / kLanes;
   const int64_t columns = (r.inner + width - 1) / width;
@@ -806,7 +808,7 @@ __global__ void __launch_bounds__(kLongThreads)
     }
     if (threadIdx.y == 0 && d < r.inner) {
       if (sums) atomicAdd(sums + v * r.inner + d, *mine);
-      else partial[(first + g) * r.inner + d] = *mine;
+      else partial[(places.at(v, first) + g) * r.inner + d] = *mine;
     }
     __syncthreads();                                           // before shared is written again
   }
@@ -856,8 +858,8 @@ __global__ void __launch_bounds__(kThreads)
 // be out.
 template <class T, class Acc, int N, bool SHUFFLED>
 __global__ void __launch_bounds__(kThreads, (SHUFFLED ? 4 : 5) - (N > 4))   // blocks that hardly spill
-    add_rows(Reduction r, Segments s, const T* __restrict__ input, const T* __restrict__ source, Acc* partial,
-             const Acc* sums, T* out) {
+    add_rows(Reduction r, Segments s, Places places, const T* __restrict__ input, const T* __restrict__ source,
+             Acc* partial, const Acc* sums, T* out) {
   const Key key{r.seed, r.device_step ? uint32_t(*r.device_step) : r.step, r.op};
   for_places(r.outer, r.inner / N, [&](int64_t v, int64_t place) {
     const int64_t d = place * N, o = v * r.inner + d, first = s.start[v], n = s.start[v + 1] - first;
@@ -865,9 +867,8 @@ __global__ void __launch_bounds__(kThreads, (SHUFFLED ? 4 : 5) - (N > 4))   // b
     Pack<T, N> row = load<N>(input + o);
     if (n == 0) return store(out + o, row);
     const bool shuffled = SHUFFLED && count > 2;   // two sums are the same in any order
-    Acc* const p = partial + first * r.inner + d;
     Acc kept[kKept * N];
-    Acc* const group = SHUFFLED && count <= kKept ? kept : p;
+    Acc* const group = SHUFFLED && count <= kKept ? kept : partial + first * r.inner + d;
     const int64_t apart = SHUFFLED && count <= kKept ? N : r.inner;
     Sums<N, Acc> sum;
     const auto take = [&](int64_t g, const Acc* x) {
@@ -883,6 +884,7 @@ __global__ void __launch_bounds__(kThreads, (SHUFFLED ? 4 : 5) - (N > 4))   // b
     } else if (sums) {
       take(0, load<N>(sums + o).at);
     } else {
+      const Acc* const p = partial + places.at(v, first) * r.inner + d;
       for (int64_t g = 0; g < count; ++g) take(g, load<N>(p + g * r.inner).at);
     }
     if (shuffled) {
@@ -895,8 +897,8 @@ __global__ void __launch_bounds__(kThreads, (SHUFFLED ? 4 : 5) - (N > 4))   // b
   });
 }
 
-// The order "exact": one thread a pack of columns of a row whose sum IEEE 754 rounds once; of longer rows the same
-// threads take the columns one by one;
+// The order "exact": one thread a pack of columns of a row whose sum IEEE 754 rounds once. Of longer rows the same
+// threads take the columns one by one.
 template <class T, class Acc, int N>
 __global__ void __launch_bounds__(kThreads)
     add_exact(Reduction r, Segments s, const T* __restrict__ input, const T* __restrict__ source, T* out) {
@@ -923,26 +925,36 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// or a block for one of a longer row, or (ACROSS) for 32.
+// The order "exact" of the rows in the list: a block for one column, or (ACROSS) for 32. Where that makes few blocks,
+// several share the terms of a row, and `whole`, zeros before, gathers their sums.
 template <class T, class Acc, bool ACROSS>
-__global__ void add_exact_long(Reduction r, Segments s, Lists lists, const T* input, const T* source, T* out) {
+__global__ void __launch_bounds__(kLongWarps * kLanes, 2)
+    add_exact_long(Reduction r, Segments s, Lists lists, const T* input, const T* source, T* out, Exact* whole) {
   constexpr int kOutputs = ACROSS ? kLanes : 1;
+  constexpr int64_t kLeast = kExactPiece / kOutputs * (kLongWarps / kExactWarps);   // as much for a warp as there
   __shared__ Exact shared[kOutputs];
   const int thread = threadIdx.y * kLanes + threadIdx.x;
   const int64_t columns = (r.inner + kOutputs - 1) / kOutputs;
-  for (int64_t job = blockIdx.x; job < columns * lists.count[1]; job += gridDim.x) {
-    const int64_t v = lists.rows[1][job / columns], d = job % columns * kOutputs + (ACROSS ? threadIdx.x : 0);
+  const int64_t all = columns * lists.count[1], share = max(int64_t{1}, kSharing / max(int64_t{1}, all));
+  for (int64_t job = blockIdx.x; job < all * share; job += gridDim.x) {
+    const int64_t k = job % all, v = lists.rows[1][k / columns], first = k % columns * kOutputs;
+    const int64_t n = s.start[v + 1] - s.start[v], d = first + (ACROSS ? threadIdx.x : 0);
+    const int64_t piece = max(kLeast, (n + share - 1) / share);
+    const int64_t pieces = (n + piece - 1) / piece, begin = job / all * piece;
+    if (begin >= n) continue;
     const int64_t* position = s.position + s.start[v];
-    add_exactly<ACROSS>(shared, d < r.inner, 0, s.start[v + 1] - s.start[v],
+    add_exactly<ACROSS>(shared, d < r.inner, begin, min(n, begin + piece),
                         [&](int64_t i) { return double(source[position[i] * r.inner + d]); });
-    const int64_t o = v * r.inner + job % columns * kOutputs + thread;
-    if (thread < kOutputs && o < (v + 1) * r.inner)
-      out[o] = T(Acc(input[o]) + Acc(shared[thread].template rounded<T>()));
+    const int outputs = int(min(int64_t{kOutputs}, r.inner - first));
+    const bool complete = pieces == 1 || gather<kOutputs, kLongWarps>(shared, whole + k * kOutputs, outputs, pieces);
+    const int64_t o = v * r.inner + first + thread;
+    if (complete && thread < outputs) out[o] = T(Acc(input[o]) + Acc(shared[thread].template rounded<T>()));
     __syncthreads();
   }
 }
 
-int grid(int64_t jobs) { return int(std::min<int64_t>(std::max<int64_t>(jobs, 1), 1 << 20)); }
+template <class T>
+constexpr ScalarType accumulated = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
 template <class T>
 struct Sum {
@@ -952,10 +964,7 @@ struct Sum {
   Tensor& out;
   cudaStream_t stream;
 
-  Tensor scratch(int64_t n) const {
-    const ScalarType type = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
-    return torch::stable::new_empty(x, {n}, type);
-  }
+  Tensor scratch(int64_t n) const { return torch::stable::new_empty(x, {n}, accumulated<T>); }
 
   // Sums all rows of all tasks down to partial[group * outputs + output], in as many passes as it takes.
   template <bool ACROSS, class In>
@@ -970,8 +979,8 @@ struct Sum {
     while (int64_t(segments) * blocks < needed) blocks *= 2;
     const int64_t pieces = (rows.rows + kPiece<ACROSS> - 1) / kPiece<ACROSS>;
     const int per_block = kWarps<ACROSS> / segments;
-    const int64_t items = ((ACROSS ? (r.outputs() + kLanes - 1) / kLanes * r.groups : rows.tasks) + per_block - 1) /
-                          per_block;
+    const int64_t columns = ACROSS ? (r.outputs() + kLanes - 1) / kLanes : r.outputs();
+    const int64_t items = (columns * r.groups + per_block - 1) / per_block;
     Tensor sums = scratch(pieces == 1 ? rows.tasks : rows.tasks * pieces * kLanes);
     Acc* to = static_cast<Acc*>(sums.mutable_data_ptr());
     lane_sums<In, Acc, ACROSS><<<grid(items * pieces), dim3(kLanes, kWarps<ACROSS>), 0, stream>>>(
@@ -1006,7 +1015,7 @@ struct Sum {
   Tensor short_rows(const Rows& rows, const T* terms) const {
     constexpr int threads = 256;
     Tensor sums = scratch(rows.tasks);
-    short_sums<LANES, T, Acc><<<grid((rows.tasks + threads - 1) / threads), threads, 0, stream>>>(
+    short_sums<LANES, T, Acc><<<grid(rows.tasks, threads), threads, 0, stream>>>(
         rows, terms, static_cast<Acc*>(sums.mutable_data_ptr()));
     check(cudaGetLastError());
     return sums;
@@ -1016,7 +1025,7 @@ struct Sum {
   void add(const Partials& p, P* partial) const {
     constexpr int threads = 256;
     T* result = static_cast<T*>(out.mutable_data_ptr());
-    const int blocks = grid((p.outputs + threads - 1) / threads);
+    const int blocks = grid(p.outputs, threads);
     if (r.order == Order::arrival) {
       Tensor fetched = scratch(p.groups * p.outputs);
       Tensor next = torch::stable::new_empty(x, {r.stretches()}, ScalarType::Int);
@@ -1036,22 +1045,18 @@ struct Sum {
       check(cudaGetLastError());
       return;
     }
-    Tensor sums = std::is_same_v<T, Acc> ? out : scratch(p.outputs);
-    Acc* to = static_cast<Acc*>(sums.mutable_data_ptr());
-    fill<T, Acc><<<blocks, threads, 0, stream>>>(to, p.outputs, Acc(-0.0f));
+    Tensor sums = std::is_same_v<T, Acc> ? out : torch::stable::new_empty(out, out.sizes(), accumulated<T>);
+    torch::stable::fill_(sums, -0.0);
+    race<P, Acc><<<grid((p.outputs + threads - 1) / threads * p.groups), threads, 0, stream>>>(
+        p, partial, static_cast<Acc*>(sums.mutable_data_ptr()));
     check(cudaGetLastError());
-    race<P, Acc><<<grid((p.outputs + threads - 1) / threads * p.groups), threads, 0, stream>>>(p, partial, to);
-    check(cudaGetLastError());
-    if constexpr (!std::is_same_v<T, Acc>) {
-      convert<T, Acc><<<blocks, threads, 0, stream>>>(to, result, p.outputs);
-      check(cudaGetLastError());
-    }
+    if (!std::is_same_v<T, Acc>) torch::stable::copy_(out, sums);
   }
 
   template <int TOGETHER>
   void few() const {
     constexpr int threads = 128, each = threads / TOGETHER;
-    exact_few<T, TOGETHER><<<grid((r.outputs() + each - 1) / each), threads, 0, stream>>>(
+    exact_few<T, TOGETHER><<<grid(r.outputs(), each), threads, 0, stream>>>(
         r, static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()));
     check(cudaGetLastError());
   }
@@ -1102,7 +1107,6 @@ template <class T, int N>
 void index_add(Reduction r, const Segments& s, const Tensor& input, const Tensor& source, Tensor& out,
                cudaStream_t stream) {
   using Acc = typename AccType<T>::type;
-  constexpr ScalarType accumulated = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
   const T *in = static_cast<const T*>(input.const_data_ptr()), *terms = static_cast<const T*>(source.const_data_ptr());
   T* result = static_cast<T*>(out.mutable_data_ptr());
   const bool exact = r.order == Order::exact, race = r.order == Order::atomic;
@@ -1115,8 +1119,9 @@ void index_add(Reduction r, const Segments& s, const Tensor& input, const Tensor
   int64_t* const begin = static_cast<int64_t*>(memory.mutable_data_ptr());
   const Lists lists{begin, {begin + 2, begin + 2 + most}};
   if (most > 0) {
-    memory = torch::stable::zero_(memory);
-    plan<<<grid((r.outer + kThreads - 1) / kThreads), kThreads, 0, stream>>>(r, s, lists);
+    Tensor counts = torch::stable::narrow(memory, 0, 0, 2);
+    torch::stable::zero_(counts);
+    plan<<<grid(r.outer, kThreads), kThreads, 0, stream>>>(r, s, lists);
     check(cudaGetLastError());
   }
   // Blocks where only a list knows how much there is to do.
@@ -1128,15 +1133,24 @@ void index_add(Reduction r, const Segments& s, const Tensor& input, const Tensor
     check(cudaGetLastError());
     if (most == 0) return;
     const dim3 block(kLanes, kLongWarps);
-    if (r.inner < kNarrowest)
-      add_exact_long<T, Acc, false><<<busy(r.inner * most), block, 0, stream>>>(r, s, lists, in, terms, result);
+    const bool across = r.inner >= kNarrowest;
+    const int64_t jobs = (across ? (r.inner + kLanes - 1) / kLanes : r.inner) * most;
+    const int some = busy(std::max(jobs, kSharing));
+    const int64_t shared = std::min(jobs, kSharing / 2);   // where there are more, each has a block to itself
+    Tensor sums = torch::stable::new_zeros(input, {shared * (across ? kLanes : 1) * kWords}, ScalarType::Long);
+    Exact* const whole = static_cast<Exact*>(sums.mutable_data_ptr());
+    if (across)
+      add_exact_long<T, Acc, true><<<some, block, 0, stream>>>(r, s, lists, in, terms, result, whole);
     else
-      add_exact_long<T, Acc, true><<<busy(r.inner * most), block, 0, stream>>>(r, s, lists, in, terms, result);
+      add_exact_long<T, Acc, false><<<some, block, 0, stream>>>(r, s, lists, in, terms, result, whole);
     return check(cudaGetLastError());
   }
-  const bool apart = most > 0 || (r.order == Order::shuffled && r.groups > kKept);   // some partial sums are
-  const int64_t room = race ? (std::is_same_v<T, Acc> ? 0 : r.outputs()) : apart ? r.terms * r.inner : 0;
-  Tensor scratch = torch::stable::new_empty(input, {room}, accumulated);
+  const bool all = r.order == Order::shuffled && r.groups > kKept;   // rows in no list, too, are shuffled in memory
+  const int shift = std::bit_width(uint64_t(kRows * r.groups)) - 1;
+  const int64_t rows = most > 0 ? std::min(r.outer, r.terms >> shift) : 0;
+  const Places at{all ? 0 : rows == r.outer ? -1 : shift, all ? 1 : r.groups};
+  const int64_t room = race ? (std::is_same_v<T, Acc> ? 0 : r.outputs()) : (all ? r.terms : rows * r.groups) * r.inner;
+  Tensor scratch = torch::stable::new_empty(input, {room}, accumulated<T>);
   Acc* partial = static_cast<Acc*>(scratch.mutable_data_ptr());
   Acc* sums = race ? partial : nullptr;
   if constexpr (std::is_same_v<T, Acc>)
@@ -1149,7 +1163,7 @@ void index_add(Reduction r, const Segments& s, const Tensor& input, const Tensor
   }
   if (most > 0) {
     const int some = busy(grid_for(most * r.groups, r.inner));
-    group_sums<T, Acc><<<some, block_for(r.inner), 0, stream>>>(r, s, lists, terms, partial, sums);
+    group_sums<T, Acc><<<some, block_for(r.inner), 0, stream>>>(r, s, lists, at, terms, partial, sums);
     check(cudaGetLastError());
   }
   if (most_long > 0) {
@@ -1157,21 +1171,14 @@ void index_add(Reduction r, const Segments& s, const Tensor& input, const Tensor
     while (width < kLanes && width < r.inner) width *= 2;
     const int64_t jobs = (r.inner + width - 1) / width * most_long * r.groups;
     const int few = grid(std::min<int64_t>(1 << 9, jobs));   // each has a multiprocessor to itself
-    long_sums<T, Acc><<<few, dim3(width, kLongThreads / width), 0, stream>>>(r, s, lists, terms, partial, sums);
+    long_sums<T, Acc><<<few, dim3(width, kLongThreads / width), 0, stream>>>(r, s, lists, at, terms, partial, sums);
     check(cudaGetLastError());
   }
   if (r.order == Order::shuffled)
-    add_rows<T, Acc, N, true><<<blocks, block_for(places), 0, stream>>>(r, s, in, terms, partial, sums, result);
+    add_rows<T, Acc, N, true><<<blocks, block_for(places), 0, stream>>>(r, s, at, in, terms, partial, sums, result);
   else
-    add_rows<T, Acc, N, false><<<blocks, block_for(places), 0, stream>>>(r, s, in, terms, partial, sums, result);
+    add_rows<T, Acc, N, false><<<blocks, block_for(places), 0, stream>>>(r, s, at, in, terms, partial, sums, result);
   check(cudaGetLastError());
-}
-
-// The stream to launch on. A DeviceGuard must be in force.
-cudaStream_t stream_of(const Tensor& x) {
-  void* current = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
-  return static_cast<cudaStream_t>(current);
 }
 
 }  // namespace
@@ -1197,10 +1204,10 @@ void add_partials_cuda(const Reduction& r, const Apart& p, ScalarType type, Tens
     T* result = static_cast<T*>(out.mutable_data_ptr());
     const bool shuffled = r.order == Order::shuffled;
     if (aligned)
-      add_apart<N, P, Acc, T><<<grid((count / N + threads - 1) / threads), threads, 0, stream>>>(
+      add_apart<N, P, Acc, T><<<grid(count / N, threads), threads, 0, stream>>>(
           p, int(r.groups), count, result, shuffled, r.per_output, key, r.device_step);
     else
-      add_apart<1, P, Acc, T><<<grid((count + threads - 1) / threads), threads, 0, stream>>>(
+      add_apart<1, P, Acc, T><<<grid(count, threads), threads, 0, stream>>>(
           p, int(r.groups), count, result, shuffled, r.per_output, key, r.device_step);
     check(cudaGetLastError());
   };

@@ -99,15 +99,6 @@ struct Sizes<BFloat16, LEAST> {
 
 // ------------------------------------------------------------------------------------ sums with a bound on their error
 
-// Knuth's two-sum: afterwards sum plus what is returned is exactly what sum plus x was.
-template <class V>
-INLINE V add_to(V& sum, V x) {
-  const V before = sum;
-  sum += x;
-  const V other = sum - before;
-  return (before - (sum - other)) + (x - other);
-}
-
 constexpr int kNone = 0xFFFF >> 7;   // what Sizes says where all terms are zero
 
 // The sum of terms is nearly hi + lo. most: the upper 32 bits of the largest |term|. least: at most the exponent, as a

@@ -47,6 +47,16 @@ ORDERED_HD double split(double& x, double sigma) {
   return q;
 }
 
+// Knuth's two-sum: afterwards sum plus what is returned is exactly what sum plus x was. exact.cpp calls it with vectors,
+// from functions compiled for more than the rest is, and so must have it inlined.
+template <class V>
+ORDERED_HD __attribute__((always_inline)) V add_to(V& sum, V x) {
+  const V before = sum;
+  sum += x;
+  const V other = sum - before;
+  return (before - (sum - other)) + (x - other);
+}
+
 // x rounded once to T. A half type is reached through float: an x that is no float becomes the neighbour whose last bit
 // is one, which rounds to a shorter type as x does (Boldo, Melquiond, "Emulation of a FMA and correctly rounded sums:
 // proved algorithms using rounding to odd", IEEE Trans. Comput. 57 (2008)).

@@ -53,6 +53,10 @@ Tensor permute(const Tensor& x, const std::vector<int64_t>& axes) {
   return Tensor(out);
 }
 
+bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
 Reduction ordered(int64_t order, bool per_output, int64_t seed, const std::optional<Tensor>& step, int64_t op,
                   const Tensor& x) {
   STD_TORCH_CHECK(0 <= order && order <= 3, "unknown order: ", order);
@@ -66,8 +70,7 @@ Reduction ordered(int64_t order, bool per_output, int64_t seed, const std::optio
     if (step->is_cpu()) {
       r.step = uint32_t(*value);
     } else {
-      STD_TORCH_CHECK(step->is_cuda() == x.is_cuda() && step->get_device_index() == x.get_device_index(),
-                      "step must be on the CPU or on the device of x");
+      STD_TORCH_CHECK(same_device(*step, x), "step must be on the CPU or on the device of x");
       r.device_step = value;
     }
   }
@@ -118,10 +121,11 @@ Tensor reduce(Launch launch, Reduction r, const Tensor& x, int64_t dims, bool ke
   r.groups = std::min(splits, r.terms);   // a group without terms has nothing to add
   if (tickets) {
     STD_TORCH_CHECK(tickets->scalar_type() == ScalarType::Int && tickets->is_contiguous() &&
-                        tickets->numel() == r.stretches() * r.groups && tickets->is_cuda() == x.is_cuda() &&
-                        tickets->get_device_index() == x.get_device_index(),
+                        tickets->numel() == r.stretches() * r.groups && same_device(*tickets, x),
                     "tickets must be contiguous int32 of size (stretches, groups) on the device of x");
     r.tickets = static_cast<int32_t*>(tickets->mutable_data_ptr());
+    for (int64_t i = 0; r.order == Order::replay && !x.is_cuda() && i < tickets->numel(); ++i)   // CUDA does so itself
+      STD_TORCH_CHECK(0 <= r.tickets[i] && r.tickets[i] < r.groups, "ticket out of range: ", r.tickets[i]);
   }
   launch(r, input, out);
   return out;
@@ -160,8 +164,8 @@ Tensor index_add(const Tensor& input, const Tensor& index, const Tensor& source,
                  int64_t splits, int64_t order, bool per_output, int64_t seed, const std::optional<Tensor>& step,
                  int64_t op) {
   Reduction r = ordered(order, per_output, seed, step, op, input);
-  STD_TORCH_CHECK(input.dim() >= 1 && source.dim() == input.dim() && input.scalar_type() == source.scalar_type(),
-                  "index_add: dimensions or dtypes do not match");
+  STD_TORCH_CHECK(input.dim() >= 1 && source.dim() == input.dim() && input.scalar_type() == source.scalar_type() &&
+                  same_device(input, source), "index_add: dimensions, dtypes or devices do not match");
   const int64_t size = input.size(0), n = index.numel();
   std::vector<int64_t> sizes(1, size);
   r.outer = size, r.terms = n, r.inner = 1, r.groups = splits;
@@ -172,12 +176,17 @@ Tensor index_add(const Tensor& input, const Tensor& index, const Tensor& source,
   STD_TORCH_CHECK(source.size(0) == n && splits >= 1 &&
                   (segments ? segments->numel() == size + 1 + n : !input.is_cuda()), "index_add: sizes do not match");
   for (const Tensor& places : {index, segments.value_or(index)})
-    STD_TORCH_CHECK(places.scalar_type() == ScalarType::Long && places.is_contiguous() &&
-                    places.is_cuda() == input.is_cuda() && places.get_device_index() == input.get_device_index(),
+    STD_TORCH_CHECK(places.scalar_type() == ScalarType::Long && places.is_contiguous() && same_device(places, input),
                     "index and segments must be contiguous int64 on the device of input");
   const Tensor from = torch::stable::contiguous(input), terms = torch::stable::contiguous(source);
   Tensor out = empty(sizes, input);
-  if (!input.is_cuda()) check_range(static_cast<const int64_t*>(index.const_data_ptr()), n, size);
+  if (!input.is_cuda()) {   // a GPU would have to be waited for: there segments must be what `segments` gave
+    check_range(static_cast<const int64_t*>(index.const_data_ptr()), n, size);
+    const int64_t* const start = segments ? static_cast<const int64_t*>(segments->const_data_ptr()) : nullptr;
+    STD_TORCH_CHECK(!start || (start[0] >= 0 && start[size] <= n && std::is_sorted(start, start + size + 1)),
+                    "segments must be those of index");
+    if (start) check_range(start + size + 1, n, n);
+  }
   if (out.numel() == 0) return out;
   launch(r, from, index, terms, segments ? &*segments : nullptr, out);
   return out;
@@ -219,8 +228,7 @@ Tensor add_partials(const std::vector<Tensor>& partials, const Tensor& like, boo
   while (a-- > 0) apart.size[a] = 1, apart.stride[a] = apart.out_stride[a] = 0;
   for (size_t g = 0; g < partials.size(); ++g) {
     const Tensor& partial = partials[g];
-    bool alike = partial.dim() == first.dim() && partial.scalar_type() == type && partial.is_cuda() == like.is_cuda() &&
-                 partial.get_device_index() == like.get_device_index();
+    bool alike = partial.dim() == first.dim() && partial.scalar_type() == type && same_device(partial, like);
     for (int64_t d = 0; alike && d < first.dim(); ++d)
       alike = partial.size(d) == first.size(d) && (partial.size(d) == 1 || partial.stride(d) == first.stride(d));
     STD_TORCH_CHECK(alike, "add_partials: partial sums must be alike in shape, strides and dtype, and on like's device");

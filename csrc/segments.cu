@@ -1,6 +1,5 @@
 // `segments` of ops.cpp on CUDA. CUB's radix sort is stable, and takes a pass for every eight bits that an index has.
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,16 +8,12 @@
 #include <bit>
 #include <cub/device/device_radix_sort.cuh>
 
-#include "ops.h"
+#include "launch.h"
 
 namespace ordered {
 namespace {
 
 constexpr int kThreads = 256;
-
-void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "ordered_reduce: ", cudaGetErrorString(error));
-}
 
 // Nothing has checked the index yet: what is out of range gets the last key, which no row looks for.
 template <class Number>
@@ -46,21 +41,17 @@ __global__ void write(const Number* key, const Number* sorted, int64_t n, int64_
   }
 }
 
-int grid(int64_t threads) { return int(std::min<int64_t>((threads + kThreads - 1) / kThreads, 1 << 20)); }
-
 template <class Number>
 void sort(const Tensor& index, int64_t size, Tensor& result) {
-  void* current = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index.get_device_index(), &current));
-  const cudaStream_t stream = static_cast<cudaStream_t>(current);
+  const cudaStream_t stream = stream_of(index);
   const int64_t n = index.numel();
   int64_t* const start = static_cast<int64_t*>(result.mutable_data_ptr());
   Tensor numbers = torch::stable::new_empty(index, {4 * n * int64_t(sizeof(Number))}, ScalarType::Byte);
   Number* const at = static_cast<Number*>(numbers.mutable_data_ptr());
   cub::DoubleBuffer<Number> key(at, at + n), position(at + 2 * n, at + 3 * n);
   if (n > 0) {
-    number<<<grid(n), kThreads, 0, stream>>>(static_cast<const int64_t*>(index.const_data_ptr()), n, size,
-                                             key.Current(), position.Current());
+    number<<<grid(n, kThreads), kThreads, 0, stream>>>(static_cast<const int64_t*>(index.const_data_ptr()), n, size,
+                                                       key.Current(), position.Current());
     check(cudaGetLastError());
     const int bits = std::bit_width(uint64_t(size));
     size_t bytes = 0;
@@ -71,8 +62,8 @@ void sort(const Tensor& index, int64_t size, Tensor& result) {
     Tensor scratch = torch::stable::new_empty(index, {int64_t(bytes)}, ScalarType::Byte);
     sort_pairs(scratch.mutable_data_ptr());
   }
-  write<<<grid(std::max(n, size) + 1), kThreads, 0, stream>>>(key.Current(), position.Current(), n, size, start,
-                                                              start + size + 1);
+  write<<<grid(std::max(n, size) + 1, kThreads), kThreads, 0, stream>>>(key.Current(), position.Current(), n, size,
+                                                                        start, start + size + 1);
   check(cudaGetLastError());
 }
 

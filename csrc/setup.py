@@ -1,7 +1,7 @@
 """Builds ordered_reduce/_C: with the CUDA kernels where PyTorch and nvcc can build them, else for the CPU alone.
 
 ORDERED_REDUCE_CUDA=0 leaves the CUDA kernels out, =1 makes their absence an error. TORCH_CUDA_ARCH_LIST chooses the
-targets, "8.0;9.0+PTX" unless set.
+targets, from 8.0 on; "8.0;9.0+PTX" unless set.
 """
 
 import os
@@ -51,6 +51,8 @@ missing = ("nvcc was not found" if home is None else
 if missing and wanted == "1":
     sys.exit(f"ORDERED_REDUCE_CUDA=1, but {missing}")
 cuda = missing is None
+if cuda and (old := re.findall(r"\b[1-7]\.\d|Kepler|Maxwell|Pascal|Volta|Turing", os.environ["TORCH_CUDA_ARCH_LIST"])):
+    sys.exit(f"TORCH_CUDA_ARCH_LIST names {old[0]}; CUDA kernels need 8.0 (ORDERED_REDUCE_CUDA=0 leaves them out)")
 
 # No contraction of a*b+c and no fast-math: the additions written in order.h are the additions performed.
 # TORCH_TARGET_VERSION keeps to the stable ABI of PyTorch 2.11, whatever PyTorch this is built against. -g0 takes back
@@ -62,7 +64,7 @@ flags = {"cxx": [*target, "-g0", "-ffp-contract=off", *openmp, *(["-DUSE_CUDA", 
 extension = (CUDAExtension if cuda else CppExtension)(
     "ordered_reduce._C",
     ["ops.cpp", "cpu.cpp", "exact.cpp", "conv.cpp", *(["cuda.cu", "segments.cu"] if cuda else [])],
-    depends=["order.h", "exact.h", "ops.h", "sort.h"],
+    depends=["order.h", "exact.h", "ops.h", "sort.h", "launch.h"],
     extra_compile_args=flags,
     extra_link_args=openmp,
     py_limited_api=True,

@@ -63,7 +63,8 @@ def test_device_code_looks_at_the_bits(tmp_path):
 # (shape, dims), chosen to meet every branch: rows and columns, short and long groups, one and several pieces.
 SHAPES = [((1,), 1), ((31,), 1), ((5000,), 1), ((300_000,), 1), ((7, 1000), 2), ((1000, 7), 1),
           ((40, 300), 2), ((300, 40), 1), ((2100, 33), 1), ((70_000, 9), 1), ((3, 65, 20), 2),
-          ((3, 17, 5), 0b101), ((4, 6, 8), -1), ((165, 30_000), 2), ((60, 200), 2), ((90, 100), 2), ((90, 50), 2)]
+          ((3, 17, 5), 0b101), ((4, 6, 8), -1), ((165, 30_000), 2), ((60, 200), 2), ((90, 100), 2), ((90, 50), 2),
+          ((140_000, 3), 1), ((20_000, 2), 1), ((3, 5000, 4), 2)]   # columns beside one another, too few to read as rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -145,6 +146,31 @@ def test_index_add_has_the_bits_of_the_cpu(emulated, rows, terms, width, dtype):
     raced = emulated.index_add(into, index, source, segments, 8, ATOMIC)
     sums = torch.zeros(rows, width, dtype=torch.float64).index_add(0, index, source.double())
     assert torch.equal(raced, into + sums.to(dtype))
+
+
+@pytest.mark.parametrize("rows, most", [(1, 1), (9000, 5000 // 64)])   # rows of more than 8 * 8 terms
+def test_partial_sums_take_no_more_memory_than_there_can_be(emulated, rows, most):
+    into, source, index = torch.zeros(rows, 4), torch.randn(5000, 4), torch.zeros(5000, dtype=torch.int64)
+    segments = torch.ops.ordered_reduce.segments(index, rows)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        emulated.index_add(into, index, source, segments, 8, FIXED)
+    taken = [event.self_cpu_memory_usage for event in profile.events() if event.name == "aten::empty"]
+    assert most * 8 * source[0].nbytes in taken and sum(taken) < source.nbytes
+
+
+def test_places_out_of_range_are_refused(emulated):
+    x, index = torch.ones(10, 2), torch.tensor([0, 2, 2])
+    segments = torch.ops.ordered_reduce.segments(index, 10)
+    for library in (torch.ops.ordered_reduce, emulated):
+        for ticket in (-1, 5):
+            tickets = torch.tensor([[0, 1, 2, 3, ticket]], dtype=torch.int32)
+            with pytest.raises(RuntimeError, match=f"ticket out of range: {ticket}"):
+                library.sum_by_tickets(x, 1, False, 5, False, tickets)
+        for place, wrong in ((0, -1), (4, 1), (10, 4), (11, -1), (13, 3)):   # starts, the last of them at 10; positions
+            broken = segments.clone()
+            broken[place] = wrong
+            with pytest.raises(RuntimeError, match="segments must be|index out of range"):
+                library.index_add(x, index, x[:3], broken, 8)
 
 
 @pytest.mark.parametrize("of, to", [(dtype, dtype) for dtype in DTYPES] + [(torch.bfloat16, torch.float32),
