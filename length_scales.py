@@ -32,6 +32,7 @@ CUT = 2.0   # standard deviations at which the truncated normal ends, as Keras a
 LEFT = 1 - CUT * math.sqrt(2 / math.pi) * math.exp(-CUT * CUT / 2) / math.erf(CUT / math.sqrt(2))
 BASES = (1.0, 0.9, 0.75, 0.5)   # b of eta_l = b^l, Figure 2
 TARGET = 20                     # test accuracy [%] that counts as having started
+PARTS = ("lengths", "start", "variance", "residual")   # functions of these names, below
 SMALL = dict(start_depths=[5, 10, 20, 40], seeds=5, cap=200, lr=0.05)
 LARGE = dict(start_depths=[10, 20, 40, 70, 100], seeds=10, cap=1000, lr=0.01)
 DEFAULTS = {dataset: SMALL if dataset == "digits" else LARGE for dataset in common.DATASETS}
@@ -296,9 +297,6 @@ def part_residual(args, data):
     return [(f"b = {base:g}", modules, rows) for base in BASES for modules in args.modules]
 
 
-PARTS = {"lengths": part_lengths, "start": part_start, "variance": part_variance, "residual": part_residual}
-
-
 # ------------------------------------------------------------------------------------------------------------- results
 
 
@@ -418,7 +416,7 @@ def main(argv=None):
     out = common.start_run(args, f"runs/length_scales/{args.dataset}", ("parts", "inits", "depths", "start_depths",
                                                                         "modules", "device"))
     pieces = {f"{part}, {setting}, {depth}": (part, setting, depth, measure)
-              for part in args.parts for setting, depth, measure in PARTS[part](args, data)}
+              for part in args.parts for setting, depth, measure in globals()[f"part_{part}"](args, data)}
 
     def piece(part, setting, depth, measure):
         return measure(stream(args, part, setting, depth), setting, depth)

@@ -63,7 +63,7 @@ struct Shape {
 
 // The number to which channels are filled up with zeros: the library may add up the last few of another number in
 // another order, and equal channels would differ.
-int64_t whole(int64_t channels) { return (channels + 15) / 16 * 16; }
+int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
 
 // The weight gradients of the groups of samples from first to last, (out, in x kernel) each, as matrix products of the
 // gradient, (out, samples x pixels), and of what those pixels see, (samples x pixels, in x kernel).
@@ -72,7 +72,7 @@ void products(const Tensor& grad, const Tensor& x, const Shape& s, const Groups&
               T* partials) {
   const int64_t pixels = s.pixels[0] * s.pixels[1], most = samples.longest();
   const int64_t height = s.image[0] + 2 * s.padding[0], width = s.image[1] + 2 * s.padding[1];
-  const int64_t terms = s.in * s.kernel[0] * s.kernel[1], out = whole(s.out), columns = whole(terms);
+  const int64_t terms = s.in * s.kernel[0] * s.kernel[1], out = padded(s.out), columns = padded(terms);
   // What a pixel sees is copied in pieces of up to four numbers that lie one after the other.
   const int64_t run = s.dilation[1] == 1 ? std::min<int64_t>(s.kernel[1], 4) : 1;
   struct Piece {
@@ -194,7 +194,7 @@ Tensor conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, std::vector<
     return partials;
   }
   if (groups == 1) {
-    const int64_t out = whole(s.out), in = s.in == 1 ? 1 : whole(s.in);   // a single channel has no equals
+    const int64_t out = padded(s.out), in = s.in == 1 ? 1 : padded(s.in);   // a single channel has no equals
     if (out > s.out) grad = torch::stable::pad(grad, {0, 0, 0, 0, 0, out - s.out});
     if (in > s.in) x = torch::stable::pad(x, {0, 0, 0, 0, 0, in - s.in});
     weight = torch::stable::new_empty(weight, {out, in, s.kernel[0], s.kernel[1]});

@@ -17,6 +17,7 @@
 
 #include "ops.h"
 #include "sort.h"
+#include "twice.h"
 
 namespace ordered {
 namespace {
@@ -31,9 +32,6 @@ constexpr int64_t kCached = 1 << 24;                // bytes of terms from which
 
 template <class T>
 const T kNothing = T(-0.0f);
-
-// Functions marked INLINE are compiled twice on x86-64, for any processor and for those with AVX2: see Sum::lanes_of.
-#define INLINE inline __attribute__((always_inline))
 
 INLINE int next_power_of_two(int64_t n) { return n <= 1 ? 1 : 2 << (63 - __builtin_clzll(uint64_t(n - 1))); }
 
@@ -734,21 +732,13 @@ struct Sum {
     }
   }
 
+  TWICE_CHOICE
+  void draw(Key key, uint64_t output, int block, int last, uint32_t (*other)[kSide]) const {
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2");
-#define TWICE(result, name, declared, given)                                                     \
-  __attribute__((target("avx2"))) result name##_avx2 declared const { return name##_any given; } \
-  result name declared const { return avx2 ? name##_avx2 given : name##_any given; }
-  void draw(Key key, uint64_t output, int block, int last, uint32_t (*other)[kSide]) const {
-    return avx2 ? draw_avx2(key, output, block, last, other) : draw_any(key, output, block, last, other);
-  }
-#else
-  void draw(Key key, uint64_t output, int block, int last, uint32_t (*other)[kSide]) const {
+    if (avx2) return draw_avx2(key, output, block, last, other);
+#endif
     draw_any(key, output, block, last, other);
   }
-#define TWICE(result, name, declared, given) \
-  result name declared const { return name##_any given; }
-#endif
   TWICE(Acc*, lanes_of, (const Terms<T>& x, int64_t n, int width, Counter<Acc>& counter), (x, n, width, counter))
   TWICE(void, contiguous_partials, (const Place& p, Acc* partial, Counter<Acc>& counter), (p, partial, counter))
   TWICE(void, add_at_once, (int64_t first, int64_t last), (first, last))
@@ -869,10 +859,7 @@ struct Sum {
       for (int64_t job; (job = ticket.fetch_add(1, std::memory_order_relaxed)) < stretches * r.groups;) {
         const int64_t g = job % r.groups, first = job / r.groups * stretch;
         for (int64_t o = first; o < std::min(outputs, first + stretch); ++o) {
-          const Acc term = partials[g * outputs + o];
-          Acc seen = sums[o].load(std::memory_order_relaxed);
-          while (!sums[o].compare_exchange_weak(seen, seen + term, std::memory_order_relaxed)) {
-          }
+          sums[o].fetch_add(partials[g * outputs + o], std::memory_order_relaxed);
         }
       }
     });
@@ -898,9 +885,7 @@ struct IndexAdd {
   const T *input, *source;   // input may be out
   T* out;
   const ScalarType type;
-#if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2");
-#endif
+  TWICE_CHOICE
 
   // The reduction of terms first ... first + n - 1 in the order of `position`, in `groups` groups, for row v.
   Reduction segment(int64_t v, int64_t first, int64_t n, int64_t groups) const {
@@ -1031,10 +1016,7 @@ struct IndexAdd {
         const Group group = Groups(s.start[k + 1] - s.start[k], groups[k + 1] - groups[k])[job - groups[k]];
         const int64_t first = s.start[k] + group.begin;
         const auto add = [&](int64_t i, Acc term) {
-          std::atomic<Acc>& sum = sums[k * r.inner + i];
-          Acc seen = sum.load(std::memory_order_relaxed);
-          while (!sum.compare_exchange_weak(seen, seen + term, std::memory_order_relaxed)) {
-          }
+          sums[k * r.inner + i].fetch_add(term, std::memory_order_relaxed);
         };
         if (group.size == 1) {
           for (int64_t i = 0; i < r.inner; ++i) add(i, Acc(row(first)[i]));

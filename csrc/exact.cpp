@@ -13,13 +13,12 @@
 
 #include "exact.h"
 #include "ops.h"
+#include "twice.h"
 
 namespace ordered {
 namespace {
 
 using torch::headeronly::BFloat16;
-
-#define INLINE inline __attribute__((always_inline))   // compiled twice on x86-64, see run()
 
 constexpr int kWidth = 8;                 // lanes: of one output's terms, or of neighbouring outputs
 constexpr int kVectors = 2;               // of four doubles
@@ -425,13 +424,14 @@ struct ExactSum {
   const int64_t tiles = (r.inner + width - 1) / width;   // in one row of `inner` outputs
   const int64_t per_row = across ? 1 : lanes;            // terms of an output in a row of lanes
   const Rounding<T> settled{r.terms, per_row};
-  std::mutex mutex = {};
+  TWICE_CHOICE
+  mutable std::mutex mutex = {};
   struct Strip {
     int64_t output;   // the first of up to kWidth neighbours
     uint8_t open;     // bit l: the next but l is not settled
     bool operator[](int l) const { return open >> l & 1; }
   };
-  std::vector<Strip> open = {};
+  mutable std::vector<Strip> open = {};
 
   const T* terms_of(int64_t output) const {
     return x + output / r.inner * r.outer_stride + output % r.inner * r.inner_stride;
@@ -442,7 +442,7 @@ struct ExactSum {
   const T* term(const T* first, int64_t t) const { return first + (r.rows ? r.rows[t] : t) * r.term_stride; }
 
   // Terms begin ... end - 1 of the outputs from `output` on, to `to` or straight to the result.
-  INLINE void add_tile(int64_t output, int64_t begin, int64_t end, Lanes<A>& sums, Running* to) {
+  INLINE void add_tile_any(int64_t output, int64_t begin, int64_t end, Lanes<A>& sums, Running* to) const {
     const int outputs = here(output, width);
     const T* first = terms_of(output);
     const int64_t rows = (end - begin + per_row - 1) / per_row, step = per_row * r.term_stride;
@@ -487,9 +487,9 @@ struct ExactSum {
   }
 
   // The same for all terms of kSide outputs, which are brief: a block of rows at most, with nothing to merge.
-  INLINE void add_side(int64_t output) { r.terms > kTies ? add_side<false>(output) : add_side<true>(output); }
+  INLINE void add_side_any(int64_t output) const { r.terms > kTies ? add_side<false>(output) : add_side<true>(output); }
   template <bool LEAST>
-  INLINE void add_side(int64_t output) {
+  INLINE void add_side(int64_t output) const {
     const int outputs = int(std::min<int64_t>(kSide, r.outputs() - output));
     constexpr int kEach = Lanes<A>::kEach, kWords = 8 / kEach;   // of Words for a lane
     Place sums = {};
@@ -517,7 +517,7 @@ struct ExactSum {
 
   // Rounds the sums of a tile and notes which outputs that leaves open.
   template <class Sums>
-  INLINE void settle(int64_t output, const Sums& sums) {
+  INLINE void settle(int64_t output, const Sums& sums) const {
     const int outputs = here(output, width);
     for (int begin = 0; begin < outputs; begin += kSide) {
       const int some = std::min(kSide, outputs - begin);
@@ -530,7 +530,7 @@ struct ExactSum {
       }
     }
   }
-  INLINE void settle(int64_t output, int outputs, const Side& sums) {
+  INLINE void settle(int64_t output, int outputs, const Side& sums) const {
     T rounded[kSide];
     alignas(32) int32_t certain[kSide], all = ~0;
     settled(sums, rounded, certain);
@@ -575,7 +575,7 @@ struct ExactSum {
   }
 
   // The same without error: terms begin ... end - 1 of up to kWidth outputs to exact[output].
-  INLINE void add_exactly(Strip strip, int64_t begin, int64_t end, Exact* exact) const {
+  INLINE void add_exactly_any(Strip strip, int64_t begin, int64_t end, Exact* exact) const {
     const int outputs = here(strip.output, kWidth);
     const T* first = terms_of(strip.output);
     const int64_t block = across ? kRowsOfBlock : kSplit;
@@ -594,23 +594,10 @@ struct ExactSum {
     }
   }
 
-  void add_tile_any(int64_t output, int64_t begin, int64_t end, Lanes<A>& sums, Running* to) {
-    add_tile(output, begin, end, sums, to);
-  }
-  void add_side_any(int64_t output) { add_side(output); }
-  void add_exactly_any(Strip strip, int64_t begin, int64_t end, Exact* exact) const {
-    add_exactly(strip, begin, end, exact);
-  }
-#if defined(__x86_64__)
-  __attribute__((target("avx2"))) void add_tile_avx2(int64_t output, int64_t begin, int64_t end, Lanes<A>& sums,
-                                                     Running* to) {
-    add_tile(output, begin, end, sums, to);
-  }
-  __attribute__((target("avx2"))) void add_side_avx2(int64_t output) { add_side(output); }
-  __attribute__((target("avx2"))) void add_exactly_avx2(Strip strip, int64_t begin, int64_t end, Exact* exact) const {
-    add_exactly(strip, begin, end, exact);
-  }
-#endif
+  TWICE(void, add_tile, (int64_t output, int64_t begin, int64_t end, Lanes<A>& sums, Running* to),
+        (output, begin, end, sums, to))
+  TWICE(void, add_side, (int64_t output), (output))
+  TWICE(void, add_exactly, (Strip strip, int64_t begin, int64_t end, Exact* exact), (strip, begin, end, exact))
 
   // How the terms of every task are cut, so that there is work for all threads.
   struct Cut {
@@ -624,28 +611,20 @@ struct ExactSum {
     }
   };
 
-  void run() {
-    auto add = &ExactSum::add_tile_any;
-    auto add_few = &ExactSum::add_side_any;
-    auto add_without_error = &ExactSum::add_exactly_any;
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx2"))
-      add = &ExactSum::add_tile_avx2, add_few = &ExactSum::add_side_avx2,
-      add_without_error = &ExactSum::add_exactly_avx2;
-#endif
+  void run() const {
     if (brief) {
       const int64_t sides = (r.outputs() + kSide - 1) / kSide;
       torch::stable::parallel_for(0, sides, std::max<int64_t>(1, kGrain / (kSide * r.terms)),
                                   [&](int64_t first, int64_t last) {
-        for (int64_t side = first; side < last; ++side) (this->*add_few)(side * kSide);
+        for (int64_t side = first; side < last; ++side) add_side(side * kSide);
       });
     } else {
-      add_tiles(add);
+      add_tiles();
     }
-    add_open(add_without_error);
+    add_open();
   }
 
-  void add_tiles(void (ExactSum::*add)(int64_t, int64_t, int64_t, Lanes<A>&, Running*)) {
+  void add_tiles() const {
     const int64_t tasks = r.outer * tiles;
     const auto output = [this](int64_t task) { return task / tiles * r.inner + task % tiles * width; };
     const Cut cut(r.terms, tasks, r.outputs());
@@ -657,7 +636,7 @@ struct ExactSum {
         int waiting = 0;
         for (int64_t job = first; job < last; ++job) {
           Running sum;
-          (this->*add)(job, 0, r.terms, *lanes, &sum);
+          add_tile(job, 0, r.terms, *lanes, &sum);
           side.set(waiting++, sum);
           if (waiting < kSide && job + 1 < last) continue;
           settle(job + 1 - waiting, waiting, side);
@@ -667,8 +646,8 @@ struct ExactSum {
       }
       for (int64_t job = first; job < last; ++job) {
         const int64_t begin = job % cut.pieces * cut.length;
-        (this->*add)(output(job / cut.pieces), begin, std::min(r.terms, begin + cut.length), *lanes,
-                     sums ? sums.get() + job * width : nullptr);
+        add_tile(output(job / cut.pieces), begin, std::min(r.terms, begin + cut.length), *lanes,
+                 sums ? sums.get() + job * width : nullptr);
       }
     });
     for (int64_t task = 0; sums && task < tasks; ++task) {
@@ -680,7 +659,7 @@ struct ExactSum {
   }
 
   // What is not settled, without error.
-  void add_open(void (ExactSum::*add)(Strip, int64_t, int64_t, Exact*) const) {
+  void add_open() const {
     const int64_t strips = int64_t(open.size());
     if (strips == 0) return;
     const Cut again(r.terms, strips, strips * kWidth);
@@ -697,7 +676,7 @@ struct ExactSum {
         Exact* exact = mine ? mine.get() : exacts.get() + job * kWidth;
         for (int l = 0; l < kWidth; ++l)
           if (strip[l]) exact[l].clear();
-        (this->*add)(strip, begin, std::min(r.terms, begin + again.length), exact);
+        add_exactly(strip, begin, std::min(r.terms, begin + again.length), exact);
         if (mine) round(strip, exact);
       }
     });

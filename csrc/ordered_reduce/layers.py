@@ -50,7 +50,7 @@ def _pair(value):
     return [value, value] if isinstance(value, int) else list(value) * (3 - len(value))   # PyTorch takes (1,), too
 
 
-def _whole(t, dim):
+def _padded(t, dim):
     """t with its channels, which lie along dim, filled up with zeros to a multiple of 16: the library's kernels may add
     up the last few of another number in another order, and equal channels would differ."""
     missing = -t.shape[dim] % 16
@@ -153,7 +153,7 @@ def _conv2d_weight_partials(grad, x, weight, conv, splits):
         x = x[:, :, ::stride[0], ::stride[1]]
         return _linear_weight_partials(grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), splits)[..., None, None]
     if groups == 1:
-        grad, x = _whole(grad, 1), _whole(x, 1)
+        grad, x = _padded(grad, 1), _padded(x, 1)
         weight = weight.new_empty(grad.shape[1], x.shape[1], *shape[2:])   # its values are not used
     G = max(1, min(splits, x.shape[0]))
     groups = list(zip(grad.tensor_split(G), x.tensor_split(G), strict=True))
@@ -166,7 +166,7 @@ def _linear_weight_partials(grad, x, splits):
     """(G, out, in): the weight gradients of G consecutive groups of samples (the first dimension)."""
     batch, G, shape = x.shape[0], max(1, min(splits, x.shape[0])), (grad.shape[-1], x.shape[-1])
     rows = x.shape[:-1].numel() // batch if batch else 0    # of a sample
-    grad, x = _whole(grad, grad.ndim - 1), _whole(x, x.ndim - 1)
+    grad, x = _padded(grad, grad.ndim - 1), _padded(x, x.ndim - 1)
     if batch % G == 0:
         partials = torch.bmm(grad.reshape(G, batch // G * rows, grad.shape[-1]).transpose(1, 2),
                              x.reshape(G, batch // G * rows, x.shape[-1]))

@@ -18,7 +18,7 @@ from .layers import Policy, _convertible, convert
 
 def _sides(t):
     """{dimension: whether the outputs or the inputs of a layer lie along it} of a parameter."""
-    return dict(list({0: "out", 1: "in"}.items())[:t.ndim])
+    return {dim: side for dim, side in enumerate(("out", "in")) if dim < t.ndim}
 
 
 @contextlib.contextmanager
