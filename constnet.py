@@ -290,7 +290,8 @@ class Scalar(nn.Module):
 
 
 class Constnet(nn.Module):
-    """Stem of 16 channels, three stages of 16 w, 32 w, 64 w channels (the last two halve the image), linear head."""
+    """Stem of 16 channels, three stages of 16 w, 32 w, 64 w channels (the last two halve the image), linear head:
+    (n, channels, height, width) -> (n, classes), and `features` (n, 64 w), the pooled input of the head."""
 
     def __init__(self, channels, classes, blocks=12, widen=1, dropout=0.0, norm="batch"):
         super().__init__()

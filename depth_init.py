@@ -114,10 +114,12 @@ def parse_arguments(argv=None):
 
 
 def scales(layers, scaling, variance=22.0, function="power", n=2.0, c=0.0):
-    """[s_1, ..., s_L], whose product is the network variance V (1 with scaling "unit").
+    """[s_1, ..., s_L], whose product is the network variance V (1 with scaling "unit"): an array (layers,).
 
-    A reconstruction of Sections 4 and 6 to 9 of arXiv 2509.05018. Raises ValueError, with the reason, where there is no
-    such scaling.
+    "constant" is V^(1/L) everywhere, "increasing" the function, "decreasing" the same backwards. function "power" is
+    s_l = (l / k + c)^(1/n), "log" s_l = log_k(l) (and s_1 = 1), where k makes the product V; n and c are of "power". A
+    reconstruction of Sections 4 and 6 to 9 of arXiv 2509.05018, whose equations are lost. Raises ValueError, with the
+    reason, where there is no such scaling.
     """
     if scaling not in SCALINGS:
         raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}; got {scaling!r}")
@@ -164,10 +166,13 @@ def draw_(weight, init, fan_in, fan_out, scale, generator=None):
 @torch.no_grad()
 def depth_scaled_init_(model, init="he normal", scaling="increasing", variance=22.0, function="power", n=2.0, c=0.0,
                        generator=None):
-    """Initialises the Linear and Conv layers of any model in place, in the order in which the model lists them.
+    """Initialises the Linear and Conv layers of any model in place, in the order in which the model lists them; returns
+    the model.
 
-    All but the last, which gives the output, are scaled by s_1 ... s_L; the last has s = 1; biases are 0. Raises
-    ValueError for an unknown init, for parameters for which no scaling exists, or where the model has no such layers.
+    All but the last, which gives the output, are scaled by s_1 ... s_L of `scales`, whose arguments scaling, variance,
+    function, n and c are; the last has s = 1; biases are 0. init: one of INITS; generator: torch's, of the draws.
+    Raises ValueError for an unknown init, for parameters for which no scaling exists, or where the model has no such
+    layers.
     """
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}; got {init!r}")

@@ -61,6 +61,9 @@ def kernels():
         for order in ("fixed", "shuffled", "atomic", "exact"):
             for name, terms, dim in (("whole", x, None), ("rows", square, 1), ("cols", square, 0)):
                 row[f"{order}_{name}"] = alone(lambda: ordered_reduce.sum(terms, dim, order=order, step=STEP))
+        narrow = x.view(-1, 4)   # few columns, which are read side by side
+        row["torch_narrow"] = alone(lambda: narrow.sum(0))
+        row["fixed_narrow"] = alone(lambda: ordered_reduce.sum(narrow, 0))
         say(what="sum", e=e, **row, wall_fixed=wall(lambda: ordered_reduce.sum(x)), wall_torch=wall(lambda: x.sum()),
             wall_copy=wall(lambda: target.copy_(x)))
     for dtype in (torch.float32, torch.float64, torch.bfloat16):

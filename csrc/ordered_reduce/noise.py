@@ -103,8 +103,9 @@ def noisy(weight, noise, *, ulps=1.0, flips=1.0, bit=0, seed=0, step=0, op=0):
                   probability ulps * sqrt(2 / pi), and its mean stays g.
       stochastic  the last sum of the gradient is taken in float64 and rounded stochastically to the weight's dtype: to
                   one of the two nearest values, so that the mean is the sum. Its noise lies below an ulp as that of an
-                  order of additions does (rounding to bfloat16 would make 2**16 times as much). The weight comes back
-                  in float64 for this: give it to an ordered layer, which computes in the dtype of its input.
+                  order of additions does (rounding to bfloat16 would make 2**16 times as much; on the rounding see
+                  Croci et al., "Stochastic rounding", 2022). The weight comes back in float64 for this: give it to an
+                  ordered layer, which computes in the dtype of its input.
       flip        `flips` entries, drawn independently, have one bit flipped: bit 0, the last of the fraction, is an
                   ulp. What a fraction asks for is flipped by chance: flips=0.01 is one flip in a hundred steps. An
                   entry drawn twice flips back.
