@@ -789,6 +789,8 @@ def train(args, name, seed, data, out):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds, rows, losses = state["step"], state["seconds"], state["rows"], state["losses"]
+        if "diverged" not in state:
+            common.fail(f"argument --resume: {checkpoint} is of an older version; delete it to train this arm anew")
         symmetry.first_broken, diverged, logged = state["first_broken"], state["diverged"], state["logged"]
     else:
         rows.append({"arm": name, "seed": seed, "step": step, "epoch": step / steps_per_epoch,
@@ -1154,7 +1156,8 @@ def main(argv=None):
         common.need(len(frozen) < len(names), "--freeze", " ".join(args.freeze), "such that something is left to train")
 
     study = study_of(args)
-    args.processes = common.PROCESSES if common.PROCESSES > 1 and not study and not args.shards else None
+    # Whose number has a say in the bits: that of torchrun's processes that train one arm together.
+    args.nproc_per_node = common.PROCESSES if common.PROCESSES > 1 and not study and not args.shards else None
     out = common.start_run(args, default_directory(args), may_differ=joined)
     try:
         if args.signal:

@@ -429,7 +429,7 @@ def test_the_number_of_processes_is_part_of_a_run(tmp_path, run):
     arguments = (*QUICK, "--device", "cpu", "--blocks", 3, "--out", tmp_path / "a")
     assert run("constnet.py", *arguments, processes=2).returncode == 0
     done = run("constnet.py", *arguments, "--resume")
-    assert done.returncode == 2 and "--processes 2" in done.stderr
+    assert done.returncode == 2 and "--nproc-per-node 2" in done.stderr
 
 
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")

@@ -301,6 +301,8 @@ def test_gradients(device, dim, keepdim, order):
 
     assert torch.autograd.gradcheck(f, (x,), check_forward_ad=True) and torch.autograd.gradgradcheck(f, (x,))
     torch.testing.assert_close(torch.func.jvp(f, (x.detach(),), (x.detach(),))[1], 2 * f(x))
+    with pytest.raises(NotImplementedError, match="forward derivatives of forward"):
+        torch.func.jacfwd(torch.func.jacfwd(f))(x.detach())
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(
@@ -313,6 +315,15 @@ def test_compiles_without_graph_breaks(device, backend):
 
     x, step = noise(40, 30).to(device), torch.tensor(3)
     assert same_bits(f(x, step), f._torchdynamo_orig_callable(x, step))
+
+
+def test_compiles_once_for_all_steps():
+    @torch.compile(fullgraph=True, backend="aot_eager")   # which raises an error after eight of one function
+    def f(x, step):
+        return ordered_reduce.sum(x, 0, order="shuffled", step=step)
+
+    x = noise(20, 3)
+    assert all(same_bits(f(x, step), ordered_reduce.sum(x, 0, order="shuffled", step=step)) for step in range(2, 20))
 
 
 @pytest.mark.parametrize("arguments,error,named", [

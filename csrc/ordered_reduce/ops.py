@@ -74,7 +74,8 @@ def order_arguments(x, order, splits, seed, step, op, scope, name="x"):
 def _step(step, order, name, x):
     """step as the operators take it."""
     if isinstance(step, int) or not isinstance(step, torch.Tensor):   # an int is found out sooner
-        if not 0 <= operator.index(step) < 1 << 32:
+        step = step if isinstance(step, int) else operator.index(step)   # (else torch.compile sees its value)
+        if not 0 <= step < 1 << 32:
             raise ValueError(f"step must lie in [0, 2**32); got {step}")
         return torch.full((), step, dtype=torch.int64, device="cpu") if order == "shuffled" else None
     if step.device.type != "cpu" and step.device != x.device:
@@ -163,7 +164,11 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
 
 
 def _with_tangents(f, *tensors):
-    """f(*tensors) and its forward derivative: f is linear, so that is f of the tangents."""
+    """f(*tensors) and its forward derivative: f is linear, so that is f of the tangents. Of nested levels only the
+    innermost can be seen from here, so that those are refused."""
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if [level.key() for level in transforms].count(torch._C._functorch.TransformType.Jvp) > 1:
+        raise NotImplementedError("ordered_reduce: forward derivatives of forward derivatives are not implemented")
     pairs = [forward_ad.unpack_dual(t) for t in tensors]
     value = f(*(pair.primal for pair in pairs))
     if all(pair.tangent is None for pair in pairs):
