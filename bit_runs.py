@@ -11,7 +11,7 @@ independent. Question 1 of the slides: can trained parameters be told from untra
     python bit_runs.py --checkpoint runs/constnet/digits/shuffled-0.pt
 
 Every run writes config.json, metrics.csv (a row per layer and bit), summary.json and bit_runs.png.
-Exit status: 0 done, 2 bad input, 130 interrupted.
+Exit status: 0 done, 2 bad input, 3 a network diverged (its rows are kept), 130 interrupted.
 """
 
 import itertools

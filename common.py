@@ -352,14 +352,15 @@ def work(pieces, do, out, workers=1, share=True):
             pass
     if PROCESSES > 1:
         torch.distributed.barrier()
-    try:
-        found = {name: json.loads((path := paths[name]).read_text()) for name in pieces}
-        for name, path in paths.items():   # noqa: B007 (named in the error)
+    found = {}
+    for name, path in paths.items():
+        try:
+            found[name] = json.loads(path.read_text())
             if not found[name]:
                 raise ValueError("it is empty")
-        return found
-    except ValueError as error:
-        return fail(f"argument --resume: {path} is damaged ({_line(error)}); delete it to have it worked out again")
+        except ValueError as error:
+            fail(f"argument --resume: {path} is damaged ({_line(error)}); delete it to have it worked out again")
+    return found
 
 
 def first_process():

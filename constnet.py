@@ -41,7 +41,7 @@ SAVE_SECONDS = 30     # a checkpoint is written when the last one is this old, a
                       # last one took more than a tenth of the time since
 
 # The paper's recipe on the CIFAR sets (mixup, weight decay and batch size are those of the code base that it builds on;
-# the warm-up is ours: without one the constant network of width 10 dies within five steps); elsewhere one that a CPU
+# the warm-up is ours: without one the constant network of width 10 dies at once); elsewhere one that a CPU
 # finishes in minutes.
 SMALL = dict(epochs=1, batch_size=64, lr=0.1, weight_decay=5e-4, widen=1, schedule="cosine", warmup=1 / 6, mixup=0.0,
              augment=False)
@@ -426,7 +426,7 @@ class Symmetry:
 
     def __init__(self, model):
         self.weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-        self.by_shape = {}                                   # names of the layers, by shape
+        self.by_shape = {}                                # names of the layers, by shape
         for name, weight in self.weights.items():
             self.by_shape.setdefault(weight.shape, []).append(name)
         self.first_broken = dict.fromkeys(self.weights)   # None: not yet

@@ -142,6 +142,7 @@ def scales(layers, scaling, variance=22.0, function="power", n=2.0, c=0.0):
         if c > 0 and layers / n * math.log(c) >= math.log(variance):
             raise ValueError(f"no k exists: with c = {c} and n = {n} every s_l is above c^(1/n), and their product "
                              f"above 10^{layers / n * math.log10(c):.3g}, which the variance {variance} is not")
+
         def logs(log_1_k):   # of s_l; their sum grows with log(1 / k), from L/n ln(c) to infinity
             return np.logaddexp(np.log(depths) + log_1_k, math.log(c) if c > 0 else -math.inf) / n
 
@@ -322,6 +323,7 @@ def train(args, arm, lr, data):
 
 # ------------------------------------------------------------------------------------------------------------- results
 
+
 def arm_of(row):
     return Arm(*(row[key] for key in Arm._fields))
 
@@ -388,6 +390,13 @@ def summarise(rows):
     return {"arms": arms, "claims": claims(rows)}
 
 
+def theory(arm, layers, *of_scales):
+    """Eqs. 6 and 15: the mean squares of z_1 ... z_L relative to z_1's, and of their gradients relative to z_L's. The
+    equations are for He's variance, 2 / n; between layers of n units Xavier's is 1 / n, half of it."""
+    s = scales(layers, arm.scaling, arm.variance, *of_scales) / (2 if arm.init.startswith("xavier") else 1)
+    return np.cumprod(s) / s[0], np.cumprod(s[::-1])[::-1] / s
+
+
 def draw_figures(rows, layers, config, directory):
     """curves.png: test accuracy and training loss over epochs, mean and 95 % of the seeds; layers.png: mean squares of
     activations and gradients by layer at the start against the theory, and the weights' quantiles."""
@@ -401,9 +410,6 @@ def draw_figures(rows, layers, config, directory):
         name = arm.scaling + (f", V = {arm.variance:g}" if len(variances) > 1 and arm.scaling != "unit" else "")
         return {"color": f"C{SCALINGS.index(arm.scaling)}", "label": name,
                 "linestyle": ("-", "--", ":", "-.")[variances.index(arm.variance) % 4]}
-
-    def save(figure, name):
-        common.save_figure(figure, directory / name)
 
     figure, axes = plt.subplots(2, len(kinds), figsize=(4.2 * len(kinds), 6), squeeze=False, sharex=True, sharey="row",
                                 layout="constrained")
@@ -419,7 +425,7 @@ def draw_figures(rows, layers, config, directory):
         axes[0, column].set(title=f"{kind[0]}, batch norm {kind[1]}", ylabel="" if column else "test accuracy [%]")
         axes[1, column].set(xlabel="epoch", ylabel="" if column else "training loss")
     axes[0, 0].legend()
-    save(figure, "curves.png")
+    common.save_figure(figure, directory / "curves.png")
 
     figure, axes = plt.subplots(3, len(kinds), figsize=(4.2 * len(kinds), 9), squeeze=False, sharex=True, sharey="row",
                                 layout="constrained")
@@ -434,13 +440,9 @@ def draw_figures(rows, layers, config, directory):
                         axis.plot(depths, [row[key] for row in mine], **{**style(arm), "linewidth": 0.8})
                     continue
                 axis.plot(depths, squares, **style(arm))
-                s = scales(len(depths), arm.scaling, arm.variance, config["function"], config["n"], config["c"])
-                # Eqs. 6 and 15: relative to the first layer's signal and to the last layer's gradient. They are for
-                # He's variance, 2 / n; between layers of n units Xavier's is 1 / n, half of it.
-                s = s / 2 if arm.init.startswith("xavier") else s
-                theory = (squares[0] * np.cumprod(s) / s[0] if quantity == "activation" else
-                          squares[-1] * np.cumprod(s[::-1])[::-1] / s)
-                axis.plot(depths, theory, color=style(arm)["color"], linestyle=":", linewidth=1)
+                activation, gradient = theory(arm, len(depths), config["function"], config["n"], config["c"])
+                expected = squares[0] * activation if quantity == "activation" else squares[-1] * gradient
+                axis.plot(depths, expected, color=style(arm)["color"], linestyle=":", linewidth=1)
                 axis.set_yscale("log")
         axes[0, column].set(title=f"{kind[0]}, batch norm {kind[1]}")
         axes[2, column].set(xlabel="layer")
@@ -448,7 +450,7 @@ def draw_figures(rows, layers, config, directory):
                                         "weights: 1, 25, 75, 99 %"), strict=True):
         axis.set_ylabel(label)
     axes[0, 0].legend()
-    save(figure, "layers.png")
+    common.save_figure(figure, directory / "layers.png")
 
 
 def report(directory):

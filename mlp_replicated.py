@@ -19,7 +19,6 @@ kept).
 """
 
 import collections
-import hashlib
 import itertools
 import json
 import math
@@ -264,8 +263,7 @@ def ordered_update(w1, gradient, x, groups, seeds, step, args):
         for c, cell in enumerate(alike):
             place = slice(first + c * width, first + (c + 1) * width)
             partials = torch.bmm(gradient[s, place].unflatten(1, (args.splits, -1)).transpose(0, 1), parts[s])
-            key = hashlib.sha256(repr(tuple(cell)).encode()).digest()   # a cell has draws of its own
-            op = int.from_bytes(key[:4], "little")
+            op = common.seed_of(*cell) % (1 << 32)   # a cell has draws of its own
             w1[s, place] -= args.lr * ordered_reduce.sum(partials, 0, order=args.order, splits=args.splits, seed=seed,
                                                          step=step, op=op)
 

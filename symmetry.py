@@ -321,9 +321,6 @@ def summarise(rows):
 def draw_figures(rows, summary, directory):
     plt = common.plot_style()
 
-    def save(figure, name):
-        common.save_figure(figure, directory / name)
-
     def curves(axis, part):
         which = [arm["arm"] for arm in summary if arm["part"] == part]
         colors = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(which)))
@@ -341,7 +338,7 @@ def draw_figures(rows, summary, directory):
                                 layout="constrained")
     for axis, part in zip(axes[0], parts, strict=True):
         curves(axis, part)
-    save(figure, "spread.png")
+    common.save_figure(figure, directory / "spread.png")
 
     figure, (by_size, by_prediction) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     noises = [arm for arm in summary if arm["part"] == "noise"] or summary
@@ -356,7 +353,7 @@ def draw_figures(rows, summary, directory):
     ends = [run[key] for arm in noises for run in arm["runs"].values() for key in ("passed", "predicted") if run[key]]
     by_prediction.axline((min(ends, default=0),) * 2, slope=1, color="0.4", linewidth=0.8, linestyle="--")
     by_prediction.set(xlabel="step, measured", ylabel=f"first step + ln({BROKEN} / first spread) / rate")
-    save(figure, "broken.png")
+    common.save_figure(figure, directory / "broken.png")
 
 
 def report(directory):

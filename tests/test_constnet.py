@@ -402,6 +402,15 @@ def test_a_diverged_arm_stays_so_after_a_kill(tmp_path, monkeypatch):
     assert first["steps"] == second["steps"] == 7 and first["weights_sha256"] == second["weights_sha256"]
 
 
+def test_a_spread_that_overflowed_is_drawn_as_none(tmp_path):
+    symmetry = {"distinct_filters": {"stem": 16}, "spread": {"stem": None}, "kept": False, "first_broken_step": 2}
+    arm = {"arm": "fixed", "seed": 0, "init": "", "dataset": "digits", "dropout": 0.0, "symmetry": symmetry}
+    rows = [{"arm": "fixed", "seed": 0, "step": step, "test_accuracy": 10.0, "spread/stem": spread}
+            for step, spread in enumerate((0.0, 0.1, None))]
+    constnet.draw_figure(rows, [arm], tmp_path / "constnet.png")
+    assert (tmp_path / "constnet.png").exists()
+
+
 def test_tensorboard_has_all_that_the_csv_has(tmp_path, monkeypatch):
     written = []
 

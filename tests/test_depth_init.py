@@ -96,6 +96,17 @@ def test_images_halve_after_each_third(layers, halvings):
     assert [i for i, layer in enumerate(model.layers) if layer.stride == (2, 2)] == halvings
 
 
+def test_the_theory_of_the_figure_is_what_xaviers_variance_does_too():
+    args = arguments("--layers", 6, "--width", 200, "--seeds", 40)
+    torch.manual_seed(0)
+    arm = depth_init.Arm("xavier normal", "increasing", 22.0, "off")
+    rows = depth_init.distributions(depth_init.Batched(args, 200, 10, arm), torch.randn(20, 200, 1, 1),
+                                    torch.randint(0, 10, (20,)), {}, 0)
+    for quantity, end, expected in zip(("activation", "gradient"), (0, -1), depth_init.theory(arm, 6), strict=True):
+        found = np.array([row["mean_square"] for row in rows if row["quantity"] == quantity])
+        np.testing.assert_allclose(found / found[end], expected, rtol=0.15)
+
+
 @pytest.mark.parametrize("scaling", depth_init.SCALINGS)
 def test_signal_and_gradient_follow_the_products(scaling):
     """Eqs. 6 and 15: E z_l^2 / E z_1^2 = s_2 ... s_l, and for the gradients s_(l+1) ... s_L from the other end."""
@@ -219,6 +230,7 @@ def test_divergence_keeps_the_rows(run, tmp_path):
 
 
 @pytest.mark.parametrize("given,complaint", [
+    (["--batch-norm", "off", "on", "--batch-size", 1], "--batch-norm on"),
     (["--init", "he"], "--init"), (["--scaling", "up"], "--scaling"), (["--variance", 0], "--variance"),
     (["--n", 0], "increase"), (["--c", 2], "no k exists"), (["--layers", 0], "--layers"), (["--seeds", 0], "--seeds"),
     (["--lr", 0], "--lr"), (["--epochs", 0], "--epochs"), (["--variance", 3, 3], "--variance"),

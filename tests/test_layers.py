@@ -401,6 +401,10 @@ def test_functional_errors_are_pytorchs():
         x = torch.randn(shape, dtype=torch.complex64)
         with pytest.raises(NotImplementedError, match="complex64"):
             f(x, x)
+    for step, error in ((1 << 70, ValueError), (1.5, TypeError)):
+        x = torch.ones(2, 3, requires_grad=True)
+        with pytest.raises(error):
+            ordered_reduce.linear(x, torch.ones(4, 3, requires_grad=True), order="arrival", step=step).sum().backward()
     for wrong in (dict(splits=2.5), dict(seed=1.5)):
         with pytest.raises(TypeError, match="float"):
             ordered_reduce.convert(network(), **wrong)

@@ -455,17 +455,21 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     """
     policy = Policy(order, splits, seed, scope, steps, noise, ulps, flips, bit)
     patterns = [layers] if isinstance(layers, str) else list(layers)
+
+    def match(names, pattern):
+        return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
     candidates = {}   # a layer may have several names
     for name, module in model.named_modules(remove_duplicate=False):
         if _convertible(module):
             candidates.setdefault(module, []).append(name)
     for pattern in patterns or [""]:
-        if not any(fnmatch.filter(names, pattern) for names in candidates.values()):
+        if not any(match(names, pattern) for names in candidates.values()):
             known = ", ".join(itertools.chain(*candidates.values())) or "none"
             raise ValueError(f"layers matches no layer: {pattern!r}; the model's layers that can be converted are: "
                              f"{known}")
     chosen = [(op, names[0], module) for op, (module, names) in enumerate(candidates.items())
-              if any(fnmatch.filter(names, pattern) for pattern in patterns)]
+              if any(match(names, pattern) for pattern in patterns)]
     embeddings = [name for _, name, module in chosen if isinstance(module, nn.Embedding)]
     if order == "arrival" and embeddings:
         raise ValueError(f"order='arrival' is not for embeddings: choose layers without {', '.join(embeddings)}")

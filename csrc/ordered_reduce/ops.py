@@ -73,8 +73,9 @@ def order_arguments(x, order, splits, seed, step, op, scope, name="x"):
 
 def _step(step, order, name, x):
     """step as the operators take it."""
-    if isinstance(step, int) or not isinstance(step, torch.Tensor):   # an int is found out sooner
-        step = step if isinstance(step, int) else operator.index(step)   # (else torch.compile sees its value)
+    if not isinstance(step, (int, torch.Tensor)):
+        step = operator.index(step)   # not of an int, of which torch.compile would take the value
+    if isinstance(step, int):
         if not 0 <= step < 1 << 32:
             raise ValueError(f"step must lie in [0, 2**32); got {step}")
         return torch.full((), step, dtype=torch.int64, device="cpu") if order == "shuffled" else None
