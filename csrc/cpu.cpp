@@ -440,6 +440,53 @@ INLINE void swap_in_registers(Acc* from, int64_t stride, const uint32_t (*other)
   }
 }
 
+// sums[g - first] of groups first ... last - 1 of the `count` of one output, of at most TERMS contiguous terms, all of
+// just so many if FULL (below kLanes they must be), of any up to kChunk if TERMS is 0. (groups is a copy, which no store
+// can change.)
+template <int TERMS, bool FULL, class T, class Acc>
+INLINE void some_groups(const T* x, const Groups groups, int64_t count, int64_t first, int64_t last, Acc* sums) {
+  using Ones = Halving<Acc>;
+  constexpr int kWide = Ones::kWide;
+  x += groups[first].begin;
+  const auto next = [&](int64_t g) __attribute__((always_inline)) {
+    constexpr int kRowsOf = TERMS / kLanes;
+    const int64_t n = FULL ? TERMS : groups[g].size;
+    const T* terms = x;
+    x += n;
+    const bool more = g + 1 < count;
+    if constexpr (TERMS == 0) {
+      alignas(64) Acc waiting[kLevels + 1][kLanes];
+      return Ones::to_vector(contiguous_blocks(terms, n, waiting));
+    } else if constexpr (TERMS < kLanes) {
+      const auto v = reinterpret_cast<const typename Ones::Vector*>(terms);
+      if constexpr (TERMS == kWide) return v[0];
+      else if constexpr (TERMS == 2 * kWide) return v[0] + v[1];
+      else return (v[0] + v[2]) + (v[1] + v[3]);
+    } else if constexpr (std::is_same_v<T, float>) {   // all lanes fit into the registers
+      return with_rows<kRowsOf>(terms, n, more, [](const auto& row) __attribute__((always_inline)) {
+        Part<T> sum;
+        sum.template add_rows<kRowsOf>(row);
+        return Ones::to_vector(sum);
+      });
+    } else {
+      alignas(64) Acc lanes[kLanes];
+      contiguous_rows<kRowsOf>(terms, n, lanes, more);
+      return Ones::to_vector(lanes);
+    }
+  };
+  int64_t g = first;
+  for (; (FULL || TERMS == 0) && g + kWide <= last; g += kWide, sums += kWide) {
+    typename Ones::Vector pairs[kWide / 2];
+    for (int i = 0; i < kWide / 2; ++i) {
+      const typename Ones::Vector left = next(g + 2 * i);
+      pairs[i] = Ones::pair(left, next(g + 2 * i + 1));
+    }
+    *reinterpret_cast<typename Ones::Vector*>(sums) = Ones::to_ones(pairs);
+  }
+#pragma GCC unroll 1
+  for (; g < last; ++g) *sums++ = Ones::to_one(next(g));
+}
+
 template <class T>
 struct Sum {
   using Acc = typename AccType<T>::type;
@@ -543,52 +590,6 @@ struct Sum {
     }
   }
 
-  // sums[g - first] of one output's groups of at most TERMS contiguous terms, all of just so many if FULL (below kLanes
-  // they must be), of any up to kChunk if TERMS is 0.
-  template <int TERMS, bool FULL>
-  INLINE void some_groups(const T* x, int64_t first, int64_t last, Acc* sums) const {
-    using Ones = Halving<Acc>;
-    const Groups groups = this->groups;   // a copy, which no store can change
-    x += groups[first].begin;
-    const auto next = [&](int64_t g) __attribute__((always_inline)) {
-      constexpr int kRowsOf = TERMS / kLanes;
-      const int64_t n = FULL ? TERMS : groups[g].size;
-      const T* terms = x;
-      x += n;
-      const bool more = g + 1 < r.groups;
-      if constexpr (TERMS == 0) {
-        alignas(64) Acc waiting[kLevels + 1][kLanes];
-        return Ones::to_vector(contiguous_blocks(terms, n, waiting));
-      } else if constexpr (TERMS < kLanes) {
-        const auto v = reinterpret_cast<const typename Ones::Vector*>(terms);
-        if constexpr (TERMS == kWide) return v[0];
-        else if constexpr (TERMS == 2 * kWide) return v[0] + v[1];
-        else return (v[0] + v[2]) + (v[1] + v[3]);
-      } else if constexpr (std::is_same_v<T, float>) {   // all lanes fit into the registers
-        return with_rows<kRowsOf>(terms, n, more, [](const auto& row) __attribute__((always_inline)) {
-          Part<T> sum;
-          sum.template add_rows<kRowsOf>(row);
-          return Ones::to_vector(sum);
-        });
-      } else {
-        alignas(64) Acc lanes[kLanes];
-        contiguous_rows<kRowsOf>(terms, n, lanes, more);
-        return Ones::to_vector(lanes);
-      }
-    };
-    int64_t g = first;
-    for (; (FULL || TERMS == 0) && g + kWide <= last; g += kWide, sums += kWide) {
-      typename Ones::Vector pairs[kWide / 2];
-      for (int i = 0; i < kWide / 2; ++i) {
-        const typename Ones::Vector left = next(g + 2 * i);
-        pairs[i] = Ones::pair(left, next(g + 2 * i + 1));
-      }
-      *reinterpret_cast<typename Ones::Vector*>(sums) = Ones::to_ones(pairs);
-    }
-#pragma GCC unroll 1
-    for (; g < last; ++g) *sums++ = Ones::to_one(next(g));
-  }
-
   // Calls use(TERMS, FULL) as the groups' lengths want it.
   template <class Use>
   INLINE void by_length(const Use& use) const {
@@ -612,14 +613,14 @@ struct Sum {
   INLINE void add_at_once_any(int64_t first, int64_t last) const {
     by_length([&](auto most, auto full) __attribute__((always_inline)) {
       alignas(64) Acc sums[kFew];
-      const int64_t groups = r.groups, inner = r.inner, stride = r.outer_stride;   // here no store can change them
+      const int64_t count = r.groups, inner = r.inner, stride = r.outer_stride;   // here no store can change them
       const int32_t* const by = order.data();
       const T* const x = this->x;
       T* const out = this->out;
       for (int64_t output = first; output < last; ++output) {
-        some_groups<most(), full()>(inner == 1 ? x + output * stride : terms_of(output), 0, groups, sums);
+        some_groups<most(), full()>(inner == 1 ? x + output * stride : terms_of(output), groups, count, 0, count, sums);
         Acc sum = sums[by[0]];
-        for (int64_t g = 1; g < groups; ++g) sum += sums[by[g]];
+        for (int64_t g = 1; g < count; ++g) sum += sums[by[g]];
         out[output] = T(sum);
       }
     });
@@ -636,7 +637,8 @@ struct Sum {
       const int64_t last = std::min(p.last, first + kMost);
       for (int w = done; w < p.width; w += kWide) {
         const int outputs = std::min(kWide, p.width - w);
-        for (int i = 0; i < outputs; ++i) some_groups<TERMS, FULL>(terms_of(p.output + w + i), first, last, sums[i]);
+        for (int i = 0; i < outputs; ++i)
+          some_groups<TERMS, FULL>(terms_of(p.output + w + i), groups, r.groups, first, last, sums[i]);
         Acc* const to = partial + first * kSide + w;
         if (outputs == kWide) transpose(row, last - first, to);
         else
@@ -945,6 +947,18 @@ struct IndexAdd {
     out[v] = n == 0 ? input[v] : T(Acc(input[v]) + Acc(T(sum)));
   }
 
+  // The same of more terms, but no very long groups.
+  bool some(int64_t n) const { return r.order == Order::fixed && r.groups <= kFew && n <= r.groups * kChunk; }
+  INLINE void add_some_numbers(int64_t v, int64_t first, int64_t n) const {
+    const Groups groups(n, r.groups);
+    alignas(64) Acc sums[kFew];
+    if (groups.longest() <= kLanes) some_groups<kLanes, false>(source + first, groups, r.groups, 0, r.groups, sums);
+    else some_groups<0, false>(source + first, groups, r.groups, 0, r.groups, sums);
+    Acc sum = sums[0];
+    for (int64_t g = 1; g < r.groups; ++g) sum += sums[g];
+    out[v] = T(Acc(input[v]) + Acc(T(sum)));
+  }
+
   // A row without terms: a call takes longer than a short one.
   INLINE void copy(int64_t v) const {
     typedef char Bytes __attribute__((vector_size(32), aligned(1), may_alias));
@@ -963,7 +977,9 @@ struct IndexAdd {
       const int64_t v = s.row(k), first = s.start[k], n = s.start[k + 1] - first;
       if (s.rows) prefetch_row(out + s.row(std::min(k + 8, s.count - 1)) * r.inner);
       if (!few(n)) {
-        if (!hot(n)) add_row(v, first, n);
+        if (hot(n)) continue;
+        if (!s.position && some(n)) add_some_numbers(v, first, n);
+        else add_row(v, first, n);
       } else if (!s.position) {
         add_few_numbers(v, first, n);
       } else {
@@ -1095,6 +1111,51 @@ void add_sorted(Reduction r, const Tensor& input, const Tensor& index, const Ten
   add_segments(r, s, from, terms, out);
 }
 
+// Sums of numbers with the same index in the order in which they stand, where no row has more than `most`.
+template <class T>
+struct AsTheyCome {
+  using Acc = typename AccType<T>::type;
+  const T *input, *source;
+  const int64_t* index;
+  T* out;
+  Acc* sum;         // of each row; may be out
+  uint8_t* count;   // of its terms, up to most + 1
+  const uint8_t most;
+  TWICE_CHOICE
+
+  void clear(int64_t from, int64_t to) const {
+    std::fill(sum + from, sum + to, kNothing<Acc>);
+    std::fill(count + from, count + to, uint8_t{0});
+  }
+
+  // Whether some row has more. (In variables, or the compiler reads every member anew after each store of a byte.)
+  bool add(int64_t n) const {
+    constexpr int64_t kAhead = 32;
+    const auto [in, x, at, o, sums, counts, full, choice] = *this;
+    bool more = false;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t v = at[i];
+      __builtin_prefetch(sums + at[std::min(i + kAhead, n - 1)], 1);
+      const uint8_t terms = counts[v];
+      sums[v] += Acc(x[i]);
+      more |= terms >= full;
+      counts[v] = uint8_t(terms + (terms <= full));
+    }
+    return more;
+  }
+
+  INLINE void finish_any(int64_t from, int64_t to) const {
+    const T* const in = input;
+    const Acc* const sums = sum;
+    const uint8_t *const counts = count, full = most;
+    T* const o = out;
+#pragma GCC ivdep
+    for (int64_t v = from; v < to; ++v)
+      o[v] = uint8_t(counts[v] - 1) < full ? T(Acc(in[v]) + Acc(T(sums[v]))) : in[v];
+  }
+  TWICE(void, finish, (int64_t from, int64_t to), (from, to))
+};
+
 // Rows of one number in fixed order, which needs no sorting where no row has more terms than groups. What the others
 // have is returned, index and source, and out is input there.
 std::pair<Tensor, Tensor> add_as_they_come(const Reduction& r, const Tensor& input, const Tensor& index,
@@ -1102,39 +1163,28 @@ std::pair<Tensor, Tensor> add_as_they_come(const Reduction& r, const Tensor& inp
   std::pair<Tensor, Tensor> left{index, source};
   for_type(input.scalar_type(), [&]<class T>(T) {
     using Acc = typename AccType<T>::type;
-    struct Row {
-      Acc sum;
-      uint32_t terms;
-    };
-    const T *in = static_cast<const T*>(input.const_data_ptr()), *x = static_cast<const T*>(source.const_data_ptr());
-    const int64_t* const at = static_cast<const int64_t*>(index.const_data_ptr());
-    T* const to = static_cast<T*>(out.mutable_data_ptr());
-    const uint32_t most = uint32_t(std::min<int64_t>(r.groups, UINT32_MAX - 1));   // terms are counted up to most + 1
-    const std::unique_ptr<Row[]> rows(new Row[r.outer]);
-    torch::stable::parallel_for(0, r.outer, kGrain, [&](int64_t first, int64_t last) {
-      std::fill(rows.get() + first, rows.get() + last, Row{kNothing<Acc>, 0});
-    });
-    bool any = false;
-    for (int64_t i = 0; i < r.terms; ++i) {
-      Row& row = rows[at[i]];
-      row.sum += Acc(x[i]);
-      row.terms += row.terms <= most;
-      any |= row.terms > most;
-    }
-    torch::stable::parallel_for(0, r.outer, kGrain, [&](int64_t first, int64_t last) {
-      for (int64_t v = first; v < last; ++v) {
-        const Row row = rows[v];
-        to[v] = row.terms == 0 || row.terms > most ? in[v] : T(Acc(in[v]) + Acc(T(row.sum)));
-      }
-    });
+    const std::unique_ptr<uint8_t[]> count(new uint8_t[r.outer]);
+    std::unique_ptr<Acc[]> wider;
+    Acc* sum;   // in out, where that is as wide: the less memory, the more of it is in caches
+    if constexpr (std::is_same_v<T, Acc>) sum = static_cast<T*>(out.mutable_data_ptr());
+    else wider.reset(new Acc[r.outer]), sum = wider.get();
+    const AsTheyCome<T> rows{static_cast<const T*>(input.const_data_ptr()),
+                             static_cast<const T*>(source.const_data_ptr()),
+                             static_cast<const int64_t*>(index.const_data_ptr()),
+                             static_cast<T*>(out.mutable_data_ptr()), sum, count.get(),
+                             uint8_t(std::min<int64_t>(r.groups, UINT8_MAX - 1))};
+    const auto for_rows = [&](const auto& use) { torch::stable::parallel_for(0, r.outer, kGrain, use); };
+    for_rows([&](int64_t from, int64_t to) { rows.clear(from, to); });
+    const bool more = rows.add(r.terms);
+    for_rows([&](int64_t from, int64_t to) { rows.finish(from, to); });
     std::vector<int64_t> where;
-    for (int64_t i = 0; any && i < r.terms; ++i)
-      if (rows[at[i]].terms > most) where.push_back(i);
+    for (int64_t i = 0; more && i < r.terms; ++i)
+      if (count[rows.index[i]] > rows.most) where.push_back(i);
     const int64_t n = int64_t(where.size());
     left = {torch::stable::new_empty(index, {n}), torch::stable::new_empty(source, {n})};
     for (int64_t k = 0; k < n; ++k) {
-      static_cast<int64_t*>(left.first.mutable_data_ptr())[k] = at[where[k]];
-      static_cast<T*>(left.second.mutable_data_ptr())[k] = x[where[k]];
+      static_cast<int64_t*>(left.first.mutable_data_ptr())[k] = rows.index[where[k]];
+      static_cast<T*>(left.second.mutable_data_ptr())[k] = rows.source[where[k]];
     }
   });
   return left;

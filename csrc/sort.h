@@ -30,29 +30,28 @@ void sort_by(const int64_t* index, int64_t n, int64_t size, int64_t* start, cons
   start[size] = n;
 }
 
-constexpr int64_t kPieces = 32, kRun = 64;   // pieces of an index; terms of a frequent value in each
-
-// The same for frequent values, by several threads. A thread reads several pieces together, each of which has counts of
-// its own, since the next count of one value has to wait for the last.
-template <class Item, class To>
-void sort_frequent(const int64_t* index, int64_t n, int64_t size, int64_t* start, const Item& item, To* to) {
-  constexpr int64_t kTogether = 4, kLine = 64 / sizeof(uint32_t);
-  const int64_t length = n / kPieces / 64 * 64 - 16;   // a power of two would have all pieces share the sets of a cache
+// The same by several threads. The index is read in pieces, each of which has counts of its own; a thread reads TOGETHER
+// of them side by side, since the next count of a frequent value has to wait for the last.
+template <int TOGETHER, class Item, class To>
+void sort_pieces(const int64_t* index, int64_t n, int64_t size, int64_t pieces, int64_t* start, const Item& item,
+                 To* to) {
+  constexpr int64_t kLine = 64 / sizeof(uint32_t);
+  const int64_t length = n / pieces / 64 * 64 - 16;   // a power of two would have all pieces share the sets of a cache
   const int64_t pitch = (size + kLine - 1) / kLine * kLine;
-  std::vector<uint32_t> next(kPieces * pitch);
+  std::vector<uint32_t> next(pieces * pitch);
   const auto for_all = [=, counts = next.data()](const auto& use) {
-    torch::stable::parallel_for(0, kPieces / kTogether, 1, [=](int64_t first, int64_t last) {
-      for (int64_t piece = first * kTogether; piece < last * kTogether; piece += kTogether)
+    torch::stable::parallel_for(0, pieces / TOGETHER, 1, [=](int64_t first, int64_t last) {
+      for (int64_t piece = first * TOGETHER; piece < last * TOGETHER; piece += TOGETHER)
         for (int64_t i = piece * length; i < (piece + 1) * length; ++i)
-          for (int64_t p = 0; p < kTogether; ++p) use(i + p * length, counts + (piece + p) * pitch);
+          for (int64_t p = 0; p < TOGETHER; ++p) use(i + p * length, counts + (piece + p) * pitch);
     });
-    for (int64_t i = kPieces * length; i < n; ++i) use(i, counts + (kPieces - 1) * pitch);
+    for (int64_t i = pieces * length; i < n; ++i) use(i, counts + (pieces - 1) * pitch);
   };
   for_all([=](int64_t i, uint32_t* count) { ++count[index[i]]; });
   start[0] = 0;
   for (int64_t v = 0; v < size; ++v) {
     start[v + 1] = start[v];
-    for (int64_t piece = 0; piece < kPieces; ++piece)
+    for (int64_t piece = 0; piece < pieces; ++piece)
       start[v + 1] += std::exchange(next[piece * pitch + v], uint32_t(start[v + 1]));
   }
   for_all([=](int64_t i, uint32_t* count) { to[count[index[i]]++] = To(item(i)); });
@@ -60,9 +59,12 @@ void sort_frequent(const int64_t* index, int64_t n, int64_t size, int64_t* start
 
 template <class Item, class To>
 void sort(const int64_t* index, int64_t n, int64_t size, int64_t* start, const Item& item, To* to) {
-  constexpr int64_t kMany = 1 << 15;
+  constexpr int64_t kMany = 1 << 15, kPieces = 32, kRun = 64;   // a run: terms of a frequent value in a piece
+  const int64_t threads = std::min<int64_t>(kPieces, torch::stable::get_num_threads());
   if (n >= int64_t{1} << 32) sort_by<int64_t>(index, n, size, start, item, to);
-  else if (n >= std::max(kMany, kRun * kPieces * size)) sort_frequent(index, n, size, start, item, to);
+  else if (n >= std::max(kMany, kRun * kPieces * size)) sort_pieces<4>(index, n, size, kPieces, start, item, to);
+  else if (threads > 1 && n >= std::max(kMany, 2 * threads * size))
+    sort_pieces<1>(index, n, size, threads, start, item, to);
   else sort_by<uint32_t>(index, n, size, start, item, to);   // more counts fit into the cache
 }
 
