@@ -281,6 +281,21 @@ struct alignas(N * sizeof(T)) Pack {
   T at[N];
 };
 
+template <int N, class T>
+__device__ Pack<T, N> load(const T* from) {
+  return *reinterpret_cast<const Pack<T, N>*>(from);
+}
+template <int N, class T>
+__device__ void store(T* to, const Pack<T, N>& pack) {
+  if constexpr (sizeof pack == sizeof(uint4)) {   // plainly written, the compiler stores number after number
+    uint4 words;
+    memcpy(&words, &pack, sizeof pack);
+    __stcg(reinterpret_cast<uint4*>(to), words);
+  } else {
+    *reinterpret_cast<Pack<T, N>*>(to) = pack;
+  }
+}
+
 // N neighbouring numbers of the last axis to a thread.
 template <int N, class P, class Acc, class T>
 __global__ void add_apart(Apart p, int groups, uint32_t count, T* out, bool shuffled, bool per_output, Key key,
@@ -332,8 +347,15 @@ __global__ void add_apart(Apart p, int groups, uint32_t count, T* out, bool shuf
         for (int e = 0; e < N; ++e) sum[e] = sum[e] + Acc(given.at[e]);
       }
     }
+    Pack<T, N> result;
 #pragma unroll
-    for (int e = 0; e < N; ++e) out[o + e * apart] = T(sum[e]);
+    for (int e = 0; e < N; ++e) result.at[e] = T(sum[e]);
+    if (p.alike) {
+      store(out + in, result);
+      continue;
+    }
+#pragma unroll
+    for (int e = 0; e < N; ++e) out[o + e * apart] = result.at[e];
   }
 }
 
@@ -607,21 +629,6 @@ constexpr int64_t kSharing = 1 << 9;   // whose blocks share terms where they wo
 constexpr int64_t kAlone = kBlock; // most terms of a group that one thread adds up
 constexpr int kKept = 8;           // most groups of a pack that a thread keeps to shuffle them
 constexpr int kPackBytes = 16;     // what a thread reads at once
-
-template <int N, class T>
-__device__ Pack<T, N> load(const T* from) {
-  return *reinterpret_cast<const Pack<T, N>*>(from);
-}
-template <int N, class T>
-__device__ void store(T* to, const Pack<T, N>& pack) {
-  if constexpr (sizeof pack == sizeof(uint4)) {   // plainly written, the compiler stores number after number
-    uint4 words;
-    memcpy(&words, &pack, sizeof pack);
-    __stcg(reinterpret_cast<uint4*>(to), words);
-  } else {
-    *reinterpret_cast<Pack<T, N>*>(to) = pack;
-  }
-}
 
 // Sums of packs.
 template <int N, class Acc>

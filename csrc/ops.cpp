@@ -31,10 +31,25 @@ void merge(std::vector<Axis>& axes) {
   axes.resize(n);
 }
 
-// A contiguous tensor with the dtype and device of x; past the dispatcher, which takes longer than a small sum.
-Tensor empty(const std::vector<int64_t>& sizes, const Tensor& x) {
+constexpr size_t kChannelsLast[] = {0, 2, 3, 1};   // the dimensions as they follow each other in memory
+
+bool is_channels_last(const Tensor& x) {
+  if (x.dim() != 4) return false;
+  int64_t stride = 1;
+  for (size_t k = 4; k-- > 0; stride *= x.size(kChannelsLast[k]))
+    if (x.size(kChannelsLast[k]) != 1 && x.stride(kChannelsLast[k]) != stride) return false;
+  return true;
+}
+
+// A contiguous tensor, or one in channels-last format, with the dtype and device of x; past the dispatcher, which takes
+// longer than a small sum.
+Tensor empty(const std::vector<int64_t>& sizes, const Tensor& x, bool channels_last = false) {
   std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
+  int64_t stride = 1;
+  for (size_t k = sizes.size(); k-- > 0;) {
+    const size_t d = channels_last ? kChannelsLast[k] : k;
+    strides[d] = stride, stride *= std::max<int64_t>(1, sizes[d]);
+  }
   int32_t dtype, device;
   AtenTensorHandle out;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
@@ -192,7 +207,8 @@ Tensor index_add(const Tensor& input, const Tensor& index, const Tensor& source,
   return out;
 }
 
-// sum(stack(partials).to(like.dtype), 0) with a group each, in fixed order or shuffled.
+// sum(stack(partials).to(like.dtype), 0) with a group each, in fixed order or shuffled. In channels-last format where
+// the partial sums and like are, a weight: autograd would copy its gradient into another one.
 template <void (*launch)(const Reduction&, const Apart&, ScalarType, Tensor&)>
 Tensor add_partials(const std::vector<Tensor>& partials, const Tensor& like, bool shuffled, bool per_output,
                     int64_t seed, const std::optional<Tensor>& step, int64_t op) {
@@ -234,7 +250,11 @@ Tensor add_partials(const std::vector<Tensor>& partials, const Tensor& like, boo
     STD_TORCH_CHECK(alike, "add_partials: partial sums must be alike in shape, strides and dtype, and on like's device");
     apart.data[g] = partial.const_data_ptr();
   }
-  Tensor out = empty(sizes, like);
+  const bool last = is_channels_last(first) && is_channels_last(like) && !like.is_contiguous();
+  apart.alike = last || std::all_of(axes.begin(), axes.end(), [](const Both& axis) {
+    return axis.size == 1 || axis.stride == axis.out_stride;
+  });
+  Tensor out = empty(sizes, like, last);
   if (out.numel()) launch(r, apart, type, out);
   return out;
 }

@@ -59,14 +59,16 @@ void index_add_cuda(const Reduction& r, const Tensor& input, const Tensor& index
                     const Tensor* segments, Tensor& out);
 
 // Partial sums of one shape and layout, each in memory of its own. Walking there, the last axis first, one comes by
-// size[a] numbers along axis a, stride[a] apart, which belong out_stride[a] apart in the sum. The first axes may be of size 1.
+// size[a] numbers along axis a, stride[a] apart, which are out_stride[a] outputs apart. The first axes may be of size 1.
+// alike: the sum lies in memory as they do; otherwise it is contiguous, and they are not.
 struct Apart {
   static constexpr int kMost = 64, kAxes = 4;
   const void* data[kMost];
   int64_t size[kAxes], stride[kAxes], out_stride[kAxes];
+  bool alike;
 };
 
-// out (contiguous, not empty, of the dtype of the partial sums, or float for those of half types) = the r.groups partial
+// out (not empty, of the dtype of the partial sums, or float for those of half types) = the r.groups partial
 // sums, fixed or shuffled.
 void add_partials_cuda(const Reduction& r, const Apart& partials, ScalarType type, Tensor& out);
 

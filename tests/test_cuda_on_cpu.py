@@ -11,6 +11,7 @@ import pytest
 import torch
 from ordered_reduce import ops
 from test_sum import DTYPES, same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import cpp_extension
 
 CSRC = pathlib.Path(__file__).parent.parent / "csrc"
@@ -178,20 +179,24 @@ def test_places_out_of_range_are_refused(emulated):
 @pytest.mark.parametrize("groups", [1, 2, 5, 6, 8, 9, 64])
 def test_partial_sums_of_tensors_of_their_own(emulated, groups, of, to):
     torch.manual_seed(0)
-    like = torch.empty(0, dtype=to)
     for shape in ((1,), (12, 10), (16, 8, 3, 3), (5, 7, 3, 3), (6, 4, 1, 1)):
         partials = [torch.randn(shape, dtype=torch.float64).to(of) for _ in range(groups)]
-        layouts = [partials]
+        layouts, likes = [partials], [torch.empty(0, dtype=to)]
         if len(shape) == 4:
+            likes.append(torch.empty(shape, dtype=to, memory_format=torch.channels_last))
             layouts.append([partial.contiguous(memory_format=torch.channels_last) for partial in partials])
             layouts.append([partial[1:, 1:] for partial in layouts[1]])
-        for layout in layouts:
+        for layout, like in [(layout, like) for layout in layouts for like in likes]:
             stacked = torch.stack(layout).to(to)
             for order, per_output in ((FIXED, True), (SHUFFLED, True), (SHUFFLED, False)):
                 emulated.schedule(groups)
-                assert same_bits(emulated.add_partials(layout, like, order == SHUFFLED, per_output, 5, torch.tensor(3), 2),
-                                 torch.ops.ordered_reduce.sum_forward(stacked, 1, False, groups, order, per_output, 5,
-                                                                      torch.tensor(3), 2)), (shape, order, per_output)
+                result = emulated.add_partials(layout, like, order == SHUFFLED, per_output, 5, torch.tensor(3), 2)
+                assert same_bits(result, torch.ops.ordered_reduce.sum_forward(stacked, 1, False, groups, order, per_output,
+                                                                              5, torch.tensor(3), 2)), (shape, order)
+                last = all(t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) for t in (layout[0], like))
+                assert result.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+                with FakeTensorMode(allow_non_fake_inputs=True):
+                    assert torch.ops.ordered_reduce.add_partials(layout, like).stride() == result.stride()
 
 
 def test_partial_sums_must_be_alike(emulated):

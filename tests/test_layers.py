@@ -141,10 +141,12 @@ def test_equal_channels_stay_equal_on_cuda(monkeypatch, channels, kernel, stride
             x = torch.randn(64, 1, size, size, dtype=dtype).expand(-1, channels[0], -1, -1).cuda()
             seed = torch.randn(64, 1, -(-size // stride), -(-size // stride), dtype=dtype).expand(-1, channels[1], -1, -1).cuda()
             x, seed = (t.contiguous(memory_format=memory_format) for t in (x, seed))
-            leaf = torch.full((*channels[::-1], kernel, kernel), 0.1, dtype=dtype, device="cuda").requires_grad_()
+            leaf = torch.full((*channels[::-1], kernel, kernel), 0.1, dtype=dtype, device="cuda")
+            leaf = leaf.contiguous(memory_format=memory_format).requires_grad_()
             found = [torch.autograd.grad(ordered_reduce.conv2d(x, leaf, padding=kernel // 2, stride=stride), leaf, seed)[0]
                      for _ in range(2)]
             assert torch.equal(*found), (dtype, tf32, memory_format)
+            assert found[0].is_contiguous(memory_format=memory_format)
             assert torch.equal(found[0], found[0][:1, :1].expand_as(leaf)), (dtype, tf32, memory_format)
 
 

@@ -178,18 +178,20 @@ def _linear_weight_partials(grad, x, splits):
 
 @torch.library.register_fake("ordered_reduce::add_partials")
 def _(partials, like, *_):
-    return like.new_empty(partials[0].shape)
+    last = not like.is_contiguous() and all(
+        t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) for t in (partials[0], like))
+    return torch.empty(partials[0].shape, dtype=like.dtype, device=like.device,
+                       memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def _add_partials(partials, samples, dtype, order, splits, seed, step, op, scope):
-    """The sum of G partial gradients, a list of tensors or one (G, ...), in the order and in dtype, the weight's; on a
-    GPU where they lie, in one kernel, if that can be."""
-    first = partials[0]
+def _add_partials(partials, samples, like, order, splits, seed, step, op, scope):
+    """The sum of G partial gradients, a list of tensors or one (G, ...), in the order and in the dtype of like, the weight;
+    on a GPU where they lie and in its memory format, in one kernel, if that can be."""
+    first, dtype = partials[0], like.dtype
     if (first.is_cuda and order in ("fixed", "shuffled") and len(partials) <= MOST_APART and first.numel() < 1 << 31
             and not torch.is_grad_enabled()
             and (first.dtype == dtype or (first.dtype.itemsize == 2 and dtype == torch.float32))):
         key = order_arguments(first, "shuffled", splits, seed, step, op, scope)[2:] if order == "shuffled" else ()
-        like = first.new_empty(0, dtype=dtype)
         return torch.ops.ordered_reduce.add_partials(list(partials), like, order == "shuffled", *key)
     partials = torch.stack(partials) if isinstance(partials, list) else partials
     partials = partials.to(dtype)          # half types under autocast: they are added in the weight's own precision
@@ -223,7 +225,7 @@ class _Conv2d(torch.autograd.Function):
                 grad_x = _convolution_gradient(grad, x, used, ctx.conv, 0)
             if of_weight:
                 partials = _conv2d_weight_partials(grad, x, used, ctx.conv, ctx.order[1])
-                grad_weight = _add_partials(partials, len(x), weight.dtype, *ctx.order)
+                grad_weight = _add_partials(partials, len(x), weight, *ctx.order)
         if of_bias:
             grad_bias = sum(grad, (0, 2, 3)).to(ctx.bias_dtype)
         return grad_x if of_x else None, grad_weight, grad_bias, None, None, None
@@ -244,7 +246,8 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight.to(ctx.used)
         if ctx.needs_input_grad[1]:
-            grad_weight = _add_partials(_linear_weight_partials(grad, x, ctx.order[1]), len(x), ctx.dtype, *ctx.order)
+            like = weight if weight is not None else grad.new_empty(0, dtype=ctx.dtype)
+            grad_weight = _add_partials(_linear_weight_partials(grad, x, ctx.order[1]), len(x), like, *ctx.order)
         if ctx.needs_input_grad[2]:
             grad_bias = sum(grad, tuple(range(grad.ndim - 1))).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None
