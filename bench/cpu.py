@@ -85,7 +85,7 @@ def index_adds():
     rows = []
     for n, size, width in ((1 << 16, 10000, 64), (1 << 16, 10000, 16), (1 << 16, 10000, 256), (1 << 16, 1 << 16, 64),
                            (1 << 12, 1 << 16, 64), (1 << 16, 4, 64), (1 << 16, 1, 512), (1 << 16, 10000, 1),
-                           (1 << 16, 4, 1)):
+                           (1 << 20, 100000, 1), (1 << 16, 1 << 16, 1), (1 << 16, 4, 1)):
         shape = (width,) if width > 1 else ()
         index, source, input = torch.randint(size, (n,)), torch.randn(n, *shape), torch.zeros(size, *shape)
         for order in ("fixed", "shuffled", "atomic", "exact"):
