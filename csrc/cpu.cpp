@@ -1144,14 +1144,19 @@ struct AsTheyCome {
     return more;
   }
 
+  // Rows of no terms and of more are input's: chosen by a mask, since compilers vectorize no choice whether to add.
   INLINE void finish_any(int64_t from, int64_t to) const {
+    using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
     const T* const in = input;
     const Acc* const sums = sum;
     const uint8_t *const counts = count, full = most;
     T* const o = out;
 #pragma GCC ivdep
-    for (int64_t v = from; v < to; ++v)
-      o[v] = uint8_t(counts[v] - 1) < full ? T(Acc(in[v]) + Acc(T(sums[v]))) : in[v];
+    for (int64_t v = from; v < to; ++v) {
+      const Bits added = Bits(-Bits(uint8_t(counts[v] - 1) < full));
+      const Bits row = std::bit_cast<Bits>(in[v]), all = std::bit_cast<Bits>(T(Acc(in[v]) + Acc(T(sums[v]))));
+      o[v] = std::bit_cast<T>(Bits((all & added) | (row & ~added)));
+    }
   }
   TWICE(void, finish, (int64_t from, int64_t to), (from, to))
 };

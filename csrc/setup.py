@@ -56,12 +56,10 @@ if cuda and (old := re.findall(r"\b[1-7]\.\d|Kepler|Maxwell|Pascal|Volta|Turing"
 
 # No contraction of a*b+c and no fast-math: the additions written in order.h are the additions performed.
 # TORCH_TARGET_VERSION keeps to the stable ABI of PyTorch 2.11, whatever PyTorch this is built against. -g0 takes back
-# Python's own -g, which doubles the time. -fno-trapping-math changes no result: an addition whose sum a choice leaves
-# out may be done all the same, without which no such loop is vectorized.
+# Python's own -g, which doubles the time.
 target = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-std=c++20", "-O3"]
 openmp = ["-fopenmp"] if sys.platform == "linux" else []   # conv.cpp; elsewhere its bits may depend on the threads
-flags = {"cxx": [*target, "-g0", "-ffp-contract=off", "-fno-trapping-math", *openmp,
-                 *(["-DUSE_CUDA", "-DORDERED_CUDA"] if cuda else [])],
+flags = {"cxx": [*target, "-g0", "-ffp-contract=off", *openmp, *(["-DUSE_CUDA", "-DORDERED_CUDA"] if cuda else [])],
          "nvcc": [*target, "-DUSE_CUDA", "-DORDERED_CUDA", "-fmad=false"]}
 extension = (CUDAExtension if cuda else CppExtension)(
     "ordered_reduce._C",

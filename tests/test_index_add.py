@@ -72,7 +72,8 @@ def test_a_row_is_the_sum_of_its_terms(device, dtype, order):
 @pytest.mark.parametrize("n,rows,width,hot", [
     (3000, 20000, 3, 0), (3000, 20000, 3, 1000), (3000, 20000, 1, 1000), (40000, 200000, 8, 36000),   # few of the rows
     (39000, 10000, 1, 0), (3000, 1000, 1, 500), (2000, 2000, 1, 2000), (2000, 2000, 1, 2),              # single numbers
-    (70003, 17, 1, 0), (70003, 17, 2, 0), (65536, 32, 2, 0), (1, 5, 1, 0)])                           # many of a row
+    (70003, 17, 1, 0), (70003, 17, 2, 0), (65536, 32, 2, 0), (1, 5, 1, 0),                            # many of a row
+    (70000, 2000, 1, 0), (70000, 2000, 2, 30000)])                                                      # some
 def test_however_the_cpu_sorts(dtype, order, n, rows, width, hot):
     """The same bits as with an index that is sorted already, and as sum's. hot: so many terms have one index."""
     index = torch.randint(rows, (n,), generator=torch.Generator().manual_seed(n))
@@ -89,6 +90,21 @@ def test_however_the_cpu_sorts(dtype, order, n, rows, width, hot):
     most = there[times.argsort(descending=True)[:20]].tolist()
     for v in {*there[:20].tolist(), *most, *one_of_each.values()} if order != "shuffled" else ():
         assert same_bits(got[v], input[v] + ordered_reduce.sum(source[index == v], 0, order=order))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_more_groups_than_a_byte_counts(dtype):
+    index = torch.cat([torch.arange(2000), torch.tensor([7]).repeat(299), torch.tensor([9]).repeat(253)])
+    source, input = noise(len(index), 1, dtype=dtype)[:, 0], noise(2000, 1, dtype=dtype, seed=1)[:, 0]
+    got = ordered_reduce.index_add(input, 0, index, source, splits=1000)
+    for v in (6, 7, 8, 9):   # of 1, 300, 1 and 254 terms
+        assert same_bits(got[v], input[v] + ordered_reduce.sum(source[index == v], splits=1000)), v
+
+
+def test_a_row_of_no_terms_keeps_its_bits():
+    quiet_later = torch.full((9,), 0x7fa00000, dtype=torch.int32).view(torch.float32)   # a signalling NaN
+    got = ordered_reduce.index_add(quiet_later, 0, torch.tensor([4]), torch.ones(1))
+    assert [v for v in range(9) if got[v].view(torch.int32) != 0x7fa00000] == [4]
 
 
 @pytest.mark.parametrize("n,size", [(0, 0), (0, 3), (1, 1), (5000, 1), (5000, 3), (100_000, 65_536), (3000, 1 << 20)])

@@ -185,8 +185,8 @@ def _(partials, like, *_):
 
 
 def _add_partials(partials, samples, like, order, splits, seed, step, op, scope):
-    """The sum of G partial gradients, a list of tensors or one (G, ...), in the order and in the dtype of the weight, like;
-    on a GPU in its memory format too, and in one kernel from where they lie, if that can be."""
+    """The sum of G partial gradients, a list of tensors or one (G, ...), in the order, and in the dtype of like, the
+    weight; on a GPU in its memory format too, and in one kernel from where they lie, if that can be."""
     first, dtype = partials[0], like.dtype
     if (first.is_cuda and order in ("fixed", "shuffled") and len(partials) <= MOST_APART and first.numel() < 1 << 31
             and not torch.is_grad_enabled()
