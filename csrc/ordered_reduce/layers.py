@@ -25,13 +25,15 @@ from .ops import ORDERS, SUM_ORDERS, arrival, check_order, check_tensor, index_a
 # rounded by PyTorch's kernels, so that unlike an exact sum of all samples the result is still a function of `splits`.
 LAYER_ORDERS = (*SUM_ORDERS, "native")
 MOST_APART = 64   # partial gradients that one kernel adds where they lie: Apart::kMost of ../ops.h
+# Asked once, since torch.compile of PyTorch 2.11 cannot trace the question.
+_WITH_AUTOCAST = [device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)]
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
 def _autocast(x, weight, bias):
     """x and bias as autocast would have them, and the dtype in which the weight is to be used."""
     device, used = x.device.type, weight.dtype
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in _WITH_AUTOCAST and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, bias = (t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
                    for t in (x, bias))
