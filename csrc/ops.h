@@ -68,8 +68,8 @@ struct Apart {
   bool alike;
 };
 
-// out (not empty, of the dtype of the partial sums, or float for those of half types) = the r.groups partial
-// sums, fixed or shuffled.
+// out (not empty, of the dtype of the partial sums, or float for those of half types) = the r.groups partial sums, fixed
+// or shuffled.
 void add_partials_cuda(const Reduction& r, const Apart& partials, ScalarType type, Tensor& out);
 
 // The operator `sum` of tensors on the CPU.

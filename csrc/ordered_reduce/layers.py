@@ -194,6 +194,8 @@ def _add_partials(partials, samples, like, order, splits, seed, step, op, scope)
             and not torch.is_grad_enabled()
             and (first.dtype == dtype or (first.dtype.itemsize == 2 and dtype == torch.float32))):
         key = order_arguments(first, "shuffled", splits, seed, step, op, scope)[2:] if order == "shuffled" else ()
+        if torch.compiler.is_compiling():   # which may lay the partial gradients out anew: contiguous, in any case
+            like = first.new_empty(0, dtype=dtype)
         return torch.ops.ordered_reduce.add_partials(list(partials), like, order == "shuffled", *key)
     partials = torch.stack(partials) if isinstance(partials, list) else partials
     partials = partials.to(dtype)          # half types under autocast: they are added in the weight's own precision
