@@ -1131,7 +1131,10 @@ struct AsTheyCome {
   // Whether some row has more. (In variables, or the compiler reads every member anew after each store of a byte.)
   bool add(int64_t n) const {
     constexpr int64_t kAhead = 32;
-    const auto [in, x, at, o, sums, counts, full, choice] = *this;
+    const int64_t* const at = index;
+    const T* const x = source;
+    Acc* const sums = sum;
+    uint8_t *const counts = count, full = most;
     bool more = false;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t v = at[i];
