@@ -12,11 +12,13 @@ noise; at 1 % the symmetry counts as broken.
     python symmetry.py --seeds 10          # with intervals, as in results/symmetry
     python symmetry.py --parts noise       # the noises alone; layers: order noise in one layer; windows: at few steps
 
-Every run writes config.json, metrics.csv (a row per part, arm, seed and step), summary.json, spread.png and
-broken.png. Runs end where the spread passes 3 %: nothing is left to measure.
+Every run writes config.json, metrics.csv (a row per part, arm, seed and step), layers.csv (the spread of every layer
+when a run ends), summary.json, spread.png, broken.png and layers.png. Runs end where the spread passes 3 %: nothing is
+left to measure.
 Exit status: 0 done, 2 bad input, 3 diverged (the metrics are kept), 130 interrupted (finished runs are kept).
 """
 
+import itertools
 import json
 import math
 import sys
@@ -133,10 +135,11 @@ class Block(nn.Module):
         self.bn = nn.BatchNorm2d(channels_in)
         self.conv = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
         self.shortcut = nn.Conv2d(channels_in, channels, 1, stride, bias=False) if stride > 1 else None
+        self.relu = nn.ReLU()
 
     def forward(self, x, dropout):
         normal = self.bn(x)
-        return (x if self.shortcut is None else self.shortcut(normal)) + self.conv(dropout(F.relu(normal)))
+        return (x if self.shortcut is None else self.shortcut(normal)) + self.conv(dropout(self.relu(normal)))
 
 
 class Constnet(nn.Module):
@@ -148,6 +151,7 @@ class Constnet(nn.Module):
         self.stages = nn.ModuleList(nn.ModuleList(
             Block(16 << max(0, stage - (block == 0)), 16 << stage, 2 if stage and block == 0 else 1)
             for block in range(blocks // 3)) for stage in range(3))
+        self.relu = nn.ReLU()
         self.head = nn.Linear(64, classes)
         with torch.no_grad():
             for parameter in (*self.stem.parameters(), *self.head.parameters()):
@@ -163,12 +167,11 @@ class Constnet(nn.Module):
         for stage in self.stages:
             for block in stage:
                 x = block(x, dropout)
-        return self.head(F.relu(x).mean((2, 3)))
+        return self.head(self.relu(x).mean((2, 3)))
 
 
-def layer_names(blocks):
-    return [name for name, module in Constnet(1, 1, blocks).named_modules()
-            if isinstance(module, (nn.Conv2d, nn.Linear))]
+def layer_names(blocks, kinds=(nn.Conv2d, nn.Linear)):
+    return [name for name, module in Constnet(1, 1, blocks).named_modules() if isinstance(module, kinds)]
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -182,7 +185,9 @@ def spread(weight):
 
 
 def train(args, data, seed, p, convert):
-    """[step, largest spread of a convolution, loss before the step] from step 1 to the end of the run."""
+    """([step, largest spread of a convolution, loss before the step, mixed] from step 1 to the end of the run; the
+    spread of each convolution then). mixed: how many inputs of ReLUs, in all images and places of the step's batch, are
+    positive in some channels and not in others."""
     images, labels, _, _, classes = data
     pixels = images.double()
     mean, std = float(pixels.mean()), float(pixels.std())
@@ -196,6 +201,16 @@ def train(args, data, seed, p, convert):
     def dropout(x):   # from a generator of its own: runs in other threads do not disturb it
         return x * (torch.rand(x.shape, generator=masks) >= p).to(x.device) / (1 - p) if p else x
 
+    mixed = []
+
+    def count_mixed(relu, inputs):
+        positive = inputs[0] > 0
+        mixed.append((positive.any(1) & ~positive.all(1)).sum())
+
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_pre_hook(count_mixed)
+
     rows, order, per_epoch = [], None, len(labels) // args.batch_size
     for step in range(args.steps):
         if step % per_epoch == 0:
@@ -206,11 +221,12 @@ def train(args, data, seed, p, convert):
         loss.backward()
         optimizer.step()
         policy.step()
-        largest, loss = torch.stack([*map(spread, weights)]).max().item(), loss.item()
-        rows.append([step + 1, largest, loss])
-        if not math.isfinite(loss) or largest > END:
+        spreads, loss = torch.stack([*map(spread, weights)]), loss.item()
+        rows.append([step + 1, spreads.max().item(), loss, torch.stack(mixed).sum().item()])
+        mixed.clear()
+        if not math.isfinite(loss) or spreads.max() > END:
             break
-    return rows
+    return rows, spreads.tolist()
 
 
 def one_run(args, data, seed, p, convert):
@@ -222,12 +238,12 @@ def one_run(args, data, seed, p, convert):
             return train(*run)
         with RECORDING, tempfile.TemporaryDirectory() as folder:
             with ordered_reduce.record(f"{folder}/tape"):
-                rows = train(*run)
+                found = train(*run)
             torch.set_num_threads(1)
             with ordered_reduce.replay(f"{folder}/tape"):
-                if repr(train(*run)) != repr(rows):   # as text, in which NaN equals NaN
+                if repr(train(*run)) != repr(found):   # as text, in which NaN equals NaN
                     raise RuntimeError(f"the replay of {RECORDED}, seed {seed}, is another run")
-            return rows
+            return found
     finally:
         torch.set_num_threads(1)
 
@@ -293,9 +309,31 @@ def differences(summary):
                          for key in ("rate", "passed")} for arm in summary if arm["part"] == "noise"}
 
 
-def summarise(rows):
-    """An object per part and arm, what `growth` finds in each seed and intervals over the seeds; then comparisons."""
-    runs = {}
+def leaps(rows):
+    """Do leaps come from ReLUs that are on in some channels alone? [steps, leaps among them] with such a ReLU (mixed)
+    and without (alike), of all steps that start from a spread of at most FIT[1], but not 0."""
+    found = {"mixed": [0, 0], "alike": [0, 0]}
+    for before, row in itertools.pairwise(rows):
+        if row["step"] == before["step"] + 1 and 0 < before["spread"] <= FIT[1]:
+            which = found["mixed" if row["mixed"] else "alike"]
+            which[0] += 1
+            which[1] += row["spread"] > LEAP * before["spread"]
+    return found
+
+
+def geometric(values):
+    """common.interval of the geometric mean; values of 0 are left out."""
+    return [math.exp(value) if value is not None else None
+            for value in common.interval([math.log(value) for value in values if value])]
+
+
+def summarise(rows, ends):
+    """An object per part and arm: what `growth` finds in each seed, intervals over the seeds, and by layer in how many
+    seeds its channels were apart when the run ended, and how far; then comparisons."""
+    runs, by_layer = {}, {}
+    for end in ends:
+        for layer, value in [*end.items()][3:]:       # after part, arm and seed
+            by_layer.setdefault((end["part"], end["arm"]), {}).setdefault(layer, []).append(value)
     for row in rows:
         runs.setdefault((row["part"], row["arm"]), {}).setdefault(row["seed"], []).append(row)
     summary = []
@@ -308,14 +346,14 @@ def summarise(rows):
             "parted": sum(run["first_step"] is not None for run in found.values()),
             "broken": sum(run["passed"] is not None for run in found.values()),
             "leaps": sum(run["leap"] is not None for run in found.values()),
-            "first_spread": [math.exp(value) if value is not None else None for value in common.interval(
-                [math.log(run["first_spread"]) for run in found.values() if run["first_spread"]])],
+            "first_spread": geometric([run["first_spread"] for run in found.values()]),
             **{key: common.interval([run[key] for run in found.values()]) for key in ("rate", "r2", "passed")},
             "predicted": common.interval([run["predicted"] for run in both]),
             "predicted_minus_passed": common.interval([run["predicted"] - run["passed"] for run in both]),
+            "layers": {layer: {"parted": sum(map(bool, values)), "spread": geometric(values)}
+                       for layer, values in by_layer[part, arm].items()},
             "runs": found})
-    return {"arms": summary, "law": law(summary),
-            f"minus {SEEDED}": differences(summary)}
+    return {"arms": summary, "law": law(summary), "leaps": leaps(rows), f"minus {SEEDED}": differences(summary)}
 
 
 def draw_figures(rows, summary, directory):
@@ -355,6 +393,19 @@ def draw_figures(rows, summary, directory):
     by_prediction.set(xlabel="step, measured", ylabel=f"first step + ln({BROKEN} / first spread) / rate")
     common.save_figure(figure, directory / "broken.png")
 
+    layers = list(summary[0]["layers"])
+    means = np.array([[arm["layers"][layer]["spread"][0] or math.nan for layer in layers] for arm in summary])
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.3 * len(summary)), layout="constrained")
+    axis.imshow(np.log10(means), cmap="viridis", vmin=-10, vmax=0, aspect="auto")
+    for (row, column), mean in np.ndenumerate(means):
+        axis.text(column, row, "0" if math.isnan(mean) else f"{mean:.0e}", ha="center", va="center", fontsize=7,
+                  color="white" if mean < 1e-4 else "black")
+    axis.set_xticks(range(len(layers)), layers, rotation=30, ha="right")
+    axis.set_yticks(range(len(summary)), [f"{arm['part']}: {arm['arm']}" for arm in summary])
+    axis.grid(False)
+    axis.set_title("spread of each layer when a run ends, geometric mean; 0: equal channels in every seed", fontsize=9)
+    common.save_figure(figure, directory / "layers.png")
+
 
 def report(directory):
     """Figures and tables of a run from its files, so that they can be had again at any time."""
@@ -380,6 +431,9 @@ def report(directory):
     if found["law"]["rate"][0]:
         print(f"\nover the noises of a seed, steps to 1 % against ln(1 / first spread): 1 / slope "
               f"{cell(found['law']['rate'], 3)} per step, R² {', '.join(f'{r2:.2f}' for r2 in found['law']['r2'])}")
+    for kind, (steps, leapt) in found["leaps"].items():
+        print(f"of {steps} steps {'with' if kind == 'mixed' else 'without'} a ReLU on in some channels alone, {leapt} "
+              f"multiply the spread by more than {LEAP:g}")
     for arm, more in found[f"minus {SEEDED}"].items():
         if arm != SEEDED and more["passed"][0] is not None:
             print(f"{arm} minus {SEEDED}: rate {cell(more['rate'], 2)}, step of 1 % {cell(more['passed'], 3)}")
@@ -408,22 +462,28 @@ def main(argv=None):
         return common.interrupted(out)
     if not common.first_process():
         return 0
-    rows = [{"part": part, "arm": arm, "seed": seed, "step": step, "spread": value, "loss": loss}
-            for part, arm, _, _ in arms(args) for seed in range(args.seeds)
-            for step, value, loss in done[f"{part}, {arm}, {seed}"]]
+    rows, ends = [], []
+    for part, arm, _, _ in arms(args):
+        for seed in range(args.seeds):
+            steps, spreads = done[f"{part}, {arm}, {seed}"]
+            run = {"part": part, "arm": arm, "seed": seed}
+            rows += [{**run, "step": step, "spread": value, "loss": loss, "mixed": mixed}
+                     for step, value, loss, mixed in steps]
+            ends.append({**run, **dict(zip(layer_names(args.blocks, nn.Conv2d), spreads, strict=True))})
     common.write_csv(out / "metrics.csv", rows)
+    common.write_csv(out / "layers.csv", ends)
     diverged = [row for row in rows if not math.isfinite(row["loss"])]
     if diverged:
         print("symmetry.py: diverged: the loss of {part}, {arm}, seed {seed} is not finite at step {step}; ".format(
             **diverged[0]) + f"try a smaller --lr (was {args.lr}); metrics: {out}/metrics.csv", file=sys.stderr)
         return 3
     rows = common.read_csv(out / "metrics.csv", text=("part", "arm"))
-    common.write_json(out / "summary.json", summarise(rows))
+    common.write_json(out / "summary.json", summarise(rows, ends))
     if args.tensorboard:
         common.log_to_tensorboard(out, ((f"{key}/{row['part']}/{row['arm']}/seed{row['seed']}", row[key], row["step"])
                                         for row in rows for key in ("spread", "loss")))
     report(out)
-    print(f"\n{out}/: spread.png, broken.png, metrics.csv, summary.json, config.json")
+    print(f"\n{out}/: spread.png, broken.png, layers.png, metrics.csv, layers.csv, summary.json, config.json")
     return 0
 
 

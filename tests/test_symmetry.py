@@ -21,6 +21,11 @@ def digits():
 
 
 def train(convert, *given, seed=0, p=0):
+    """The rows of a run."""
+    return run_whole(convert, *given, seed=seed, p=p)[0]
+
+
+def run_whole(convert, *given, seed=0, p=0):
     torch.use_deterministic_algorithms(True)
     return symmetry.one_run(arguments(*given), digits(), seed, p, convert)
 
@@ -59,6 +64,17 @@ def test_a_leap_ends_the_fit():
     assert symmetry.growth(steps, 1e-8 * np.exp(0.1 * steps) * np.where(steps < 80, 1, 5))["leap"] is None
 
 
+def test_leaps_are_counted_with_and_without_mixed_relus():
+    def run(seed, *steps):
+        return [{"seed": seed, "step": step, "spread": spread, "mixed": mixed} for step, (spread, mixed) in
+                enumerate(steps, 1)]
+
+    rows = (run(0, (0.0, 1), (1e-8, 0), (2e-8, 0), (4e-7, 3), (5e-7, 1), (1e-2, 0), (0.5, 9)) +
+            run(1, (1e-9, 0), (1e-9, 0)))             # a new run is no step from the last one's end
+    assert symmetry.leaps(rows) == {"mixed": [2, 1], "alike": [3, 1]}
+    assert symmetry.leaps([]) == {"mixed": [0, 0], "alike": [0, 0]}
+
+
 def test_growth_where_there_is_none():
     assert set(symmetry.growth([1, 2, 3], [0.0, 0.0, 0.0]).values()) == {None}
     found = symmetry.growth([1, 2, 3, 4], [0.0, 1e-9, 1e-9, 0.0])   # it went away again
@@ -95,16 +111,22 @@ def test_interval():
 def test_law_and_differences():
     """Made-up arms whose time follows from their size: the rate comes back, whatever they have in common."""
     def rows(arm, seed, size, rate):
-        return [{"part": "noise", "arm": arm, "seed": seed, "step": step, "spread": size * math.exp(rate * step), "loss": 1.0}
-                for step in range(1, 400)]
+        return [{"part": "noise", "arm": arm, "seed": seed, "step": step, "spread": size * math.exp(rate * step), "loss": 1.0,
+                 "mixed": 0} for step in range(1, 400)]
+
+    def end(arm, seed):
+        return {"part": "noise", "arm": arm, "seed": seed, "stem": 0.0, "conv": 10.0 ** -seed if arm == "a" else 0.0}
 
     seeds = {0: 0.1, 1: 0.12, 2: 0.09}
-    found = symmetry.summarise([row for seed, rate in seeds.items() for arm, size, more in [
-        ("a", 1e-12, 0), ("b", 1e-6, 0), ("order, G = 8", 1e-7, 0), (symmetry.HARDWARE, 1e-8, 0.01)]
-        for row in rows(arm, seed, size, rate + more)])
+    made = [("a", 1e-12, 0), ("b", 1e-6, 0), ("order, G = 8", 1e-7, 0), (symmetry.HARDWARE, 1e-8, 0.01)]
+    found = symmetry.summarise([row for seed, rate in seeds.items() for arm, size, more in made
+                                for row in rows(arm, seed, size, rate + more)],
+                               [end(arm, seed) for seed in seeds for arm, _, _ in made])
     a = found["arms"][0]
     assert a["broken"] == a["parted"] == 3 and a["rate"][0] == pytest.approx(np.mean(list(seeds.values())))
     assert abs(a["predicted_minus_passed"][0]) < 1 and a["first_spread"][0] == pytest.approx(1e-12, rel=0.2)
+    assert a["layers"]["conv"]["parted"] == 3 and a["layers"]["conv"]["spread"][0] == pytest.approx(0.1)
+    assert a["layers"]["stem"] == {"parted": 0, "spread": [None] * 3} == found["arms"][1]["layers"]["conv"]
     assert found["law"]["rate"][0] == pytest.approx(np.mean(list(seeds.values())), rel=0.08) and min(found["law"]["r2"]) > 0.97
     assert found["minus order, G = 8"][symmetry.HARDWARE]["rate"] == pytest.approx([0.01] * 3)
     assert found["minus order, G = 8"]["order, G = 8"]["passed"] == [0, 0, 0]
@@ -133,7 +155,7 @@ QUIET = [dict(order="shuffled", splits=2), dict(order="shuffled", splits=1), dic
 @pytest.mark.parametrize("convert", QUIET, ids=str)
 def test_arms_without_noise_never_break_and_are_equal(convert):
     rows = train(convert, "--steps", 12)
-    assert len(rows) == 12 and all(value == 0 for _, value, _ in rows)
+    assert len(rows) == 12 and all(value == mixed == 0 for _, value, _, mixed in rows)
     assert rows == train({"splits": convert.get("splits", 8)}, "--steps", 12)
 
 
@@ -149,6 +171,33 @@ def test_noise_parts_the_channels_and_repeats(convert, p):
     if "steps" in convert:
         assert rows[:3] == quiet[:3] and rows[4][1] > 0   # or a step later: momentum keeps what a weight's rounding hides
         assert any(train(convert, "--steps", 4, seed=seed)[3][1] > 0 for seed in range(3))
+
+
+def test_mixed_counts_the_relus_that_are_on_in_some_channels_alone():
+    """With dropout the channels part at once; counted here place by place from the inputs themselves."""
+    rows, inputs = train({}, "--steps", 10, p=0.3), []
+    expected, hook = [], torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, given: inputs.append(given[0].detach().clone()) if isinstance(module, torch.nn.ReLU) else None)
+    try:
+        train({}, "--steps", 10, p=0.3)
+    finally:
+        hook.remove()
+    for step in range(len(rows)):
+        count = 0
+        for x in inputs[7 * step:7 * step + 7]:        # six blocks, and the one before the head
+            by_place = x.transpose(0, 1).flatten(1).T.tolist()
+            count += sum(len({value > 0 for value in place}) == 2 for place in by_place)
+        expected.append(count)
+    assert [mixed for *_, mixed in rows] == expected and expected[0] == 0 < expected[-1]
+
+
+def test_noise_in_one_layer_reaches_none_behind_its_stage():
+    """Channels of a later stage start with equal weights on unequal inputs, so they stay equal to the bit."""
+    names = symmetry.layer_names(6, torch.nn.Conv2d)
+    for layer in ("stages.0.1.conv", "stages.1.1.conv"):
+        spreads = dict(zip(names, run_whole(dict(order="shuffled", layers=layer), "--steps", 20)[1], strict=True))
+        assert spreads[layer] > 0
+        assert all(spreads[name] == 0 for name in names if name.startswith("stages") and name[:8] > layer[:8])
 
 
 def test_the_seed_is_the_noises_too():
@@ -171,15 +220,16 @@ def test_script_resume_and_plot_only(run, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = run("symmetry.py", *QUICK, "--parts", "layers", "windows", "--out", whole)
     assert done.returncode == 0 and "stages.2.0.shortcut" in done.stdout, done.stderr
-    assert {"spread.png", "broken.png", "metrics.csv", "summary.json", "config.json"} <= {p.name for p in whole.iterdir()}
+    assert {"spread.png", "broken.png", "layers.png", "metrics.csv", "layers.csv", "summary.json",
+            "config.json"} <= {p.name for p in whole.iterdir()}
     assert run("symmetry.py", *QUICK, "--parts", "windows", "--out", parts).returncode == 0
     (parts / "done" / "windows, 1:3, 1.json").unlink()             # as after a kill
     assert run("symmetry.py", *QUICK, "--parts", "layers", "windows", "--out", parts, "--resume").returncode == 0
-    for name in ("metrics.csv", "summary.json"):
+    for name in ("metrics.csv", "layers.csv", "summary.json"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
-    before = (whole / "spread.png").read_bytes()
+    figures = {name: (whole / name).read_bytes() for name in ("spread.png", "layers.png")}
     assert run("symmetry.py", "--plot-only", whole).returncode == 0
-    assert (whole / "spread.png").read_bytes() == before
+    assert all((whole / name).read_bytes() == before for name, before in figures.items())
     assert run("symmetry.py", *QUICK[:-4], "--lr", 0.1, "--out", parts, "--resume").returncode == 2
 
 
@@ -199,7 +249,7 @@ def test_script_noise_part_and_two_processes(run, tmp_path):
 
 def test_a_replay_that_differs_is_an_error(monkeypatch):
     real, runs = symmetry.train, iter((0, 1))
-    monkeypatch.setattr(symmetry, "train", lambda *given: [[next(runs), *real(*given)[0]]])
+    monkeypatch.setattr(symmetry, "train", lambda *given: [next(runs), *real(*given)])
     with pytest.raises(RuntimeError, match="replay"):
         train(dict(order="arrival"), "--steps", 1)
 
