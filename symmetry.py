@@ -310,15 +310,16 @@ def differences(summary):
 
 
 def leaps(rows):
-    """Do leaps come from ReLUs that are on in some channels alone? [steps, leaps among them] with such a ReLU (mixed)
-    and without (alike), of all steps that start from a spread of at most FIT[1], but not 0."""
-    found = {"mixed": [0, 0], "alike": [0, 0]}
+    """Do leaps come from ReLUs that are on in some channels alone? {decade of the spread before a step: [steps, leaps
+    among them] with such a ReLU (mixed) and without (alike)}, up to FIT[1]."""
+    found = {}
     for before, row in itertools.pairwise(rows):
         if row["step"] == before["step"] + 1 and 0 < before["spread"] <= FIT[1]:
-            which = found["mixed" if row["mixed"] else "alike"]
+            decade = found.setdefault(math.floor(math.log10(before["spread"])), {"mixed": [0, 0], "alike": [0, 0]})
+            which = decade["mixed" if row["mixed"] else "alike"]
             which[0] += 1
             which[1] += row["spread"] > LEAP * before["spread"]
-    return found
+    return {f"1e{decade}": found[decade] for decade in sorted(found)}
 
 
 def geometric(values):
@@ -431,9 +432,11 @@ def report(directory):
     if found["law"]["rate"][0]:
         print(f"\nover the noises of a seed, steps to 1 % against ln(1 / first spread): 1 / slope "
               f"{cell(found['law']['rate'], 3)} per step, R² {', '.join(f'{r2:.2f}' for r2 in found['law']['r2'])}")
-    for kind, (steps, leapt) in found["leaps"].items():
-        print(f"of {steps} steps {'with' if kind == 'mixed' else 'without'} a ReLU on in some channels alone, {leapt} "
-              f"multiply the spread by more than {LEAP:g}")
+    print(f"\nsteps that multiply the spread by more than {LEAP:g}, by the spread before\n{'from':<8}"
+          f"{'a ReLU on in some channels alone':>36}{'none':>18}")
+    for decade, kinds in found["leaps"].items():
+        mixed, alike = (f"{leapt} of {steps}" for steps, leapt in (kinds["mixed"], kinds["alike"]))
+        print(f"{decade:<8}{mixed:>36}{alike:>18}")
     for arm, more in found[f"minus {SEEDED}"].items():
         if arm != SEEDED and more["passed"][0] is not None:
             print(f"{arm} minus {SEEDED}: rate {cell(more['rate'], 2)}, step of 1 % {cell(more['passed'], 3)}")

@@ -69,10 +69,11 @@ def test_leaps_are_counted_with_and_without_mixed_relus():
         return [{"seed": seed, "step": step, "spread": spread, "mixed": mixed} for step, (spread, mixed) in
                 enumerate(steps, 1)]
 
-    rows = (run(0, (0.0, 1), (1e-8, 0), (2e-8, 0), (4e-7, 3), (5e-7, 1), (1e-2, 0), (0.5, 9)) +
-            run(1, (1e-9, 0), (1e-9, 0)))             # a new run is no step from the last one's end
-    assert symmetry.leaps(rows) == {"mixed": [2, 1], "alike": [3, 1]}
-    assert symmetry.leaps([]) == {"mixed": [0, 0], "alike": [0, 0]}
+    rows = (run(0, (0.0, 1), (1.1e-8, 0), (2e-8, 0), (4e-7, 3), (5e-7, 1), (1e-2, 0), (0.5, 9)) +
+            run(1, (2e-9, 0), (2e-9, 0)))             # a new run is no step from the last one's end
+    assert symmetry.leaps(rows) == {"1e-9": {"mixed": [0, 0], "alike": [1, 0]}, "1e-8": {"mixed": [1, 1], "alike": [1, 0]},
+                                    "1e-7": {"mixed": [1, 0], "alike": [1, 1]}}
+    assert symmetry.leaps([]) == {}
 
 
 def test_growth_where_there_is_none():
