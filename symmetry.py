@@ -12,9 +12,9 @@ noise; at 1 % the symmetry counts as broken.
     python symmetry.py --seeds 10          # with intervals, as in results/symmetry
     python symmetry.py --parts noise       # the noises alone; layers: order noise in one layer; windows: at few steps
 
-Every run writes config.json, metrics.csv (a row per part, arm, seed and step), layers.csv (the spread of every layer
-when a run ends), summary.json, spread.png, broken.png and layers.png. Runs end where the spread passes 3 %: nothing is
-left to measure.
+Every run writes config.json, metrics.csv (a row per part, arm, seed and step), layers.csv (the spread of every
+convolution when a run ends), summary.json, spread.png, broken.png and layers.png. Runs end where the spread passes 3 %:
+nothing is left to measure.
 Exit status: 0 done, 2 bad input, 3 diverged (the metrics are kept), 130 interrupted (finished runs are kept).
 """
 
@@ -170,8 +170,9 @@ class Constnet(nn.Module):
         return self.head(self.relu(x).mean((2, 3)))
 
 
-def layer_names(blocks, kinds=(nn.Conv2d, nn.Linear)):
-    return [name for name, module in Constnet(1, 1, blocks).named_modules() if isinstance(module, kinds)]
+def layer_names(blocks):
+    return [name for name, module in Constnet(1, 1, blocks).named_modules()
+            if isinstance(module, (nn.Conv2d, nn.Linear))]
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -185,8 +186,8 @@ def spread(weight):
 
 
 def train(args, data, seed, p, convert):
-    """([step, largest spread of a convolution, loss before the step, mixed] from step 1 to the end of the run; the
-    spread of each convolution then). mixed: how many inputs of ReLUs, in all images and places of the step's batch, are
+    """([step, largest spread of a convolution, loss before the step, mixed] from step 1 to the end of the run;
+    {convolution: its spread then}). mixed: how many inputs of ReLUs, in all images and places of the step's batch, are
     positive in some channels and not in others."""
     images, labels, _, _, classes = data
     pixels = images.double()
@@ -195,7 +196,7 @@ def train(args, data, seed, p, convert):
     ordered_reduce.convert(model, splits=SPLITS)
     policy = ordered_reduce.convert(model, **{"splits": SPLITS, "seed": seed, **convert})
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     batches, masks = torch.Generator().manual_seed(common.seed_of(seed, "batches")), torch.Generator().manual_seed(seed)
 
     def dropout(x):   # from a generator of its own: runs in other threads do not disturb it
@@ -221,12 +222,13 @@ def train(args, data, seed, p, convert):
         loss.backward()
         optimizer.step()
         policy.step()
-        spreads, loss = torch.stack([*map(spread, weights)]), loss.item()
-        rows.append([step + 1, spreads.max().item(), loss, torch.stack(mixed).sum().item()])
+        spreads, loss = torch.stack([*map(spread, weights.values())]), loss.item()
+        largest = spreads.max().item()
+        rows.append([step + 1, largest, loss, torch.stack(mixed).sum().item()])
         mixed.clear()
-        if not math.isfinite(loss) or spreads.max() > END:
+        if not math.isfinite(loss) or largest > END:
             break
-    return rows, spreads.tolist()
+    return rows, dict(zip(weights, spreads.tolist(), strict=True))
 
 
 def one_run(args, data, seed, p, convert):
@@ -331,10 +333,7 @@ def geometric(values):
 def summarise(rows, ends):
     """An object per part and arm: what `growth` finds in each seed, intervals over the seeds, and by layer in how many
     seeds its channels were apart when the run ended, and how far; then comparisons."""
-    runs, by_layer = {}, {}
-    for end in ends:
-        for layer, value in [*end.items()][3:]:       # after part, arm and seed
-            by_layer.setdefault((end["part"], end["arm"]), {}).setdefault(layer, []).append(value)
+    runs, layers = {}, [key for key in ends[0] if key not in ("part", "arm", "seed")]
     for row in rows:
         runs.setdefault((row["part"], row["arm"]), {}).setdefault(row["seed"], []).append(row)
     summary = []
@@ -342,6 +341,7 @@ def summarise(rows, ends):
         found = {seed: growth([row["step"] for row in mine], [row["spread"] for row in mine])
                  for seed, mine in seeds.items()}
         both = [run for run in found.values() if run["passed"] and run["predicted"]]
+        last = [end for end in ends if (end["part"], end["arm"]) == (part, arm)]
         summary.append({
             "part": part, "arm": arm, "seeds": len(found),
             "parted": sum(run["first_step"] is not None for run in found.values()),
@@ -351,8 +351,8 @@ def summarise(rows, ends):
             **{key: common.interval([run[key] for run in found.values()]) for key in ("rate", "r2", "passed")},
             "predicted": common.interval([run["predicted"] for run in both]),
             "predicted_minus_passed": common.interval([run["predicted"] - run["passed"] for run in both]),
-            "layers": {layer: {"parted": sum(map(bool, values)), "spread": geometric(values)}
-                       for layer, values in by_layer[part, arm].items()},
+            "layers": {layer: {"parted": sum(end[layer] > 0 for end in last),
+                               "spread": geometric([end[layer] for end in last])} for layer in layers},
             "runs": found})
     return {"arms": summary, "law": law(summary), "leaps": leaps(rows), f"minus {SEEDED}": differences(summary)}
 
@@ -472,7 +472,7 @@ def main(argv=None):
             run = {"part": part, "arm": arm, "seed": seed}
             rows += [{**run, "step": step, "spread": value, "loss": loss, "mixed": mixed}
                      for step, value, loss, mixed in steps]
-            ends.append({**run, **dict(zip(layer_names(args.blocks, nn.Conv2d), spreads, strict=True))})
+            ends.append({**run, **spreads})
     common.write_csv(out / "metrics.csv", rows)
     common.write_csv(out / "layers.csv", ends)
     diverged = [row for row in rows if not math.isfinite(row["loss"])]

@@ -70,7 +70,7 @@ def test_leaps_are_counted_with_and_without_mixed_relus():
                 enumerate(steps, 1)]
 
     rows = (run(0, (0.0, 1), (1.1e-8, 0), (2e-8, 0), (4e-7, 3), (5e-7, 1), (1e-2, 0), (0.5, 9)) +
-            run(1, (2e-9, 0), (2e-9, 0)))             # a new run is no step from the last one's end
+            run(1, (2e-9, 0), (2e-9, 0)) + run(2, (2e-9, 0)))   # a new run is no step from the last one's end
     assert symmetry.leaps(rows) == {"1e-9": {"mixed": [0, 0], "alike": [1, 0]}, "1e-8": {"mixed": [1, 1], "alike": [1, 0]},
                                     "1e-7": {"mixed": [1, 0], "alike": [1, 1]}}
     assert symmetry.leaps([]) == {}
@@ -196,7 +196,7 @@ def test_mixed_counts_the_relus_that_are_on_in_some_channels_alone():
                                           ("stages.1.1.conv", "1"), ("stages.2.0.conv", "12"), ("head", "2")])
 def test_noise_in_one_layer_parts_no_stage_that_it_does_not_touch(layer, stages):
     """A stage's channels are copies of one another, to the bit, until weights from or to them differ."""
-    spreads = run_whole(dict(order="shuffled", layers=layer), "--steps", 30)[1]
+    spreads = [*run_whole(dict(order="shuffled", layers=layer), "--steps", 30)[1].values()]
     of_stage = {"0": spreads[:3], "1": spreads[3:6], "2": spreads[6:]}     # with the stem and the shortcuts
     assert [stage for stage, values in of_stage.items() if any(values)] == list(stages)
 
