@@ -118,8 +118,9 @@ def parse_arguments(argv, more=()):
     how.add_argument("--prox", type=float, nargs="+", default=[0.0], metavar="LAMBDA",
                      help="after every step, pull the weights of convolutions by rate * LAMBDA to 0 and no further "
                           "(soft threshold), so that they stay sparse; several values are arms; default: 0, off")
-    how.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S",
-                     help="of weights, data order, augmentation, dropout; several are run one by one; default: 0")
+    how.add_argument("--seed", type=int, nargs="+", metavar="S",
+                     help="of weights, data order, augmentation, dropout; several are run one by one; --resume adds "
+                          "them to the run's; default: 0, with --resume none")
     how.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
                      help="of convolutions and products: fp32; tf32 (CUDA); bf16 (autocast). Weights are float32; "
                           "default: fp32")
@@ -176,6 +177,7 @@ def parse_arguments(argv, more=()):
 
     common.add_files(parser, "constnet/DATASET", "to the same bits; finished arms are kept")
     args = parser.parse_args([*argv, *more])
+    args.seed = args.seed or [0] * (not args.resume)
     if args.arch == "leakynet" or args.leakynet_study:   # the authors'
         args.lr = 0.03 if args.lr is None else args.lr
         args.warmup = 0.0 if args.warmup is None else args.warmup
@@ -1123,11 +1125,12 @@ def main(argv=None):
     if args.plot_only is not None:
         with common.finished_run(args.plot_only) as directory:
             return report(directory)
-    joined = ()
-    if args.resume and args.table1 is not None:   # rows are added to those of the run
-        earlier = common.arguments_of(common.run_directory(args.out, default_directory(args), True)).get("table1")
-        if earlier is not None:
-            args.table1, joined = sorted({*earlier, *args.table1}) if earlier and args.table1 else [], ("table1",)
+    joined = ("seed",)
+    if args.resume:   # seeds and rows are added to those of the run
+        earlier = common.arguments_of(common.run_directory(args.out, default_directory(args), True))
+        args.seed = list(dict.fromkeys([*earlier.get("seed", ()), *args.seed]))
+        if None not in (rows := earlier.get("table1"), args.table1):
+            args.table1, joined = sorted({*rows, *args.table1}) if rows and args.table1 else [], (*joined, "table1")
 
     @functools.cache
     def load(dataset):

@@ -392,6 +392,19 @@ def test_a_row_is_added_to_the_rows_of_a_table_and_to_nothing_else(tmp_path, run
     assert (tmp_path / "a" / "summary.json").read_bytes() == whole
 
 
+def test_seeds_are_added_to_those_of_a_run(tmp_path, run):
+    assert run("constnet.py", *QUICK, "--seed", 2, "--out", tmp_path / "a").returncode == 0
+    first = (tmp_path / "a" / "done" / "shuffled-2.json").stat().st_mtime_ns
+    for more, seeds in ((("--seed", 0, 2), [2, 0]), ((), [2, 0])):
+        done = run("constnet.py", *QUICK, *more, "--resume", "--out", tmp_path / "a")
+        assert done.returncode == 0, done.stderr
+        assert [arm["seed"] for arm in results(tmp_path / "a")] == seeds
+        assert json.loads((tmp_path / "a" / "config.json").read_text())["arguments"]["seed"] == seeds
+    assert (tmp_path / "a" / "done" / "shuffled-2.json").stat().st_mtime_ns == first
+    assert run("constnet.py", *QUICK, "--out", tmp_path / "b").returncode == 0
+    assert results(tmp_path / "b")[0]["weights_sha256"] == results(tmp_path / "a")[1]["weights_sha256"]
+
+
 def test_a_diverged_arm_stays_so_after_a_kill(tmp_path, monkeypatch):
     """A kill between its last checkpoint and its result."""
     monkeypatch.setattr(sys, "argv", ["constnet.py"])
