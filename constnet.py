@@ -177,7 +177,7 @@ def parse_arguments(argv, more=()):
 
     common.add_files(parser, "constnet/DATASET", "to the same bits; finished arms are kept")
     args = parser.parse_args([*argv, *more])
-    args.seed = args.seed or [0] * (not args.resume)
+    args.seed = args.seed or ([] if args.resume else [0])
     if args.arch == "leakynet" or args.leakynet_study:   # the authors'
         args.lr = 0.03 if args.lr is None else args.lr
         args.warmup = 0.0 if args.warmup is None else args.warmup
@@ -1129,8 +1129,10 @@ def main(argv=None):
     if args.resume:   # seeds and rows are added to those of the run
         earlier = common.arguments_of(common.run_directory(args.out, default_directory(args), True))
         args.seed = list(dict.fromkeys([*earlier.get("seed", ()), *args.seed]))
-        if None not in (rows := earlier.get("table1"), args.table1):
-            args.table1, joined = sorted({*rows, *args.table1}) if rows and args.table1 else [], (*joined, "table1")
+        rows = earlier.get("table1")
+        if rows is not None and args.table1 is not None:
+            args.table1 = sorted({*rows, *args.table1}) if rows and args.table1 else []   # [] is all rows
+            joined = ("seed", "table1")
 
     @functools.cache
     def load(dataset):
