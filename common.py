@@ -313,7 +313,9 @@ def start_run(args, default, may_differ=()):
 
 def _start_run(args, default, may_differ):
     out = run_directory(args.out, default, args.resume)
-    unrecorded = ("out", "resume", "plot_only", "tensorboard", "data_dir")
+    # torchvision's sets are the same wherever they lie; a folder of images is its own.
+    folder = "imagefolder" in (args.dataset, *(getattr(args, "figure2", None) or ()))
+    unrecorded = ("out", "resume", "plot_only", "tensorboard", *(() if folder else ("data_dir",)))
     arguments = {key: value for key, value in vars(args).items() if key not in unrecorded}
     arguments["device"] = torch.device(args.device).type   # torchrun numbers them
     if args.resume:
@@ -339,13 +341,16 @@ def work(pieces, do, out, workers=1, share=True):
     (out / "done").mkdir(exist_ok=True)
     paths = {name: out / "done" / f"{name}.json" for name in pieces}
 
-    def one(name):
-        if not paths[name].exists():
-            result = do(*pieces[name])
-            if share or RANK == 0:
-                write_json(paths[name], result)
+    left = [name for name in pieces if not paths[name].exists()]
+    if PROCESSES > 1:
+        torch.distributed.barrier()   # all have looked before one is done
 
-    mine = list(pieces)[RANK::PROCESSES] if share else list(pieces)
+    def one(name):
+        result = do(*pieces[name])
+        if share or RANK == 0:
+            write_json(paths[name], result)
+
+    mine = left[RANK::PROCESSES] if share else left
     with concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         through = pool.map if workers > 1 else map
         for _ in tqdm(through(one, mine), total=len(mine), disable=None if RANK == 0 else True):

@@ -108,8 +108,9 @@ def parse_arguments(argv, more=()):
     how.add_argument("--nesterov", action="store_true", help="Nesterov's momentum")
     how.add_argument("--weight-decay", type=float, metavar="D", help=defaults("weight_decay"))
     how.add_argument("--mixup", type=float, metavar="ALPHA",
-                     help="mix every image and label with another's, by a share drawn once a step from Beta(ALPHA, "
-                          f"ALPHA); 0 is off; {defaults('mixup')}; paper: used, value not given")
+                     help="mix every image and label with another's, by a share drawn once a step (by each "
+                          f"process and shard) from Beta(ALPHA, ALPHA); 0 is off; {defaults('mixup')}; paper: used, "
+                          "value not given")
     how.add_argument("--augment", action=argparse.BooleanOptionalAction,
                      help="random crop after padding by an eighth of the size, random horizontal flip; "
                           f"{defaults('augment')}")
@@ -183,6 +184,9 @@ def parse_arguments(argv, more=()):
         args.warmup = 0.0 if args.warmup is None else args.warmup
     common.check_common(args, DEFAULTS, ordered_reduce.cuda_built())
     check_arguments(args)
+    for name in (*SETS.get(study_of(args), ()), "init" if args.arch == "leakynet" else "layer_init"):
+        common.need(getattr(args, name) == parser.get_default(name), f"--{name}", getattr(args, name),
+                    "left out: the study sets it, or it is of the other --arch")
     return args
 
 
@@ -199,7 +203,7 @@ def check_arguments(args):
     need(args.blocks >= 3 and args.blocks % 3 == 0, "--blocks", args.blocks, "a positive multiple of 3")
     letters = args.layer_init.replace("_", "")
     fits = set(letters) <= set("hi1") and len(letters) == 1 + args.blocks
-    need(fits or (args.arch == "constnet" and not args.leakynet_study), "--layer-init", repr(args.layer_init),
+    need(fits or args.arch == "constnet", "--layer-init", repr(args.layer_init),
          f"{1 + args.blocks} letters of h, i, 1, one for the stem and one for each of --blocks {args.blocks}")
     common.at_least_1(args, "widen", "epochs", "batch_size")
     need(0 <= args.dropout < 1, "--dropout", args.dropout, "in [0, 1)")
@@ -223,7 +227,8 @@ def check_arguments(args):
              "finite and at least 0")
     need(args.arch == "constnet" or study_of(args) in ("", "leakynet_study", "signal"), "--arch", args.arch,
          "constnet for this study, which is of its --init")
-    need(args.arch == "constnet" or args.norm == "batch", "--norm", args.norm, "batch with leakynet")
+    need((args.arch == "constnet" and not args.leakynet_study) or args.norm == "batch", "--norm", args.norm,
+         "batch with leakynet")
     need(not args.leakynet_study or args.blocks == 12, "--blocks", args.blocks, "12 for the authors' seven choices")
     need(not study_of(args) or len(args.order) == len(args.prox) == 1, "--order, --prox", "several", "one in a study")
     need(-1 << 63 <= args.order_seed < 1 << 63, "--order-seed", args.order_seed, "a signed 64-bit number")
@@ -537,6 +542,8 @@ TABLE_1 = (("", 0.01, "fixed", 95.2), ("ab", 0.15, "fixed", 95.5), ("abc", 0.1, 
 LEAKYNETS = ("h_hhhh_hhhh_hhhh", "i_iiii_iiii_iiii", "1_iiii_iiii_iiii", "1_iiii_11ii_iiii", "1_iiii_1111_iiii",
              "1_ii11_ii11_ii11", "1_1111_1111_1111")   # the authors' seven
 STARTS = {"constnet": "abcd", "standard": ""}
+SETS = {"table1": ("init", "dropout", "order"), "figure2": ("init", "dropout"), "prune": ("init",),
+        "leakynet_study": ("init", "layer_init")}   # the arguments that a study sets for its arms
 
 
 def arms(args, argv):
@@ -784,7 +791,8 @@ def train(args, name, seed, data, out):
         return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     steps_per_epoch = len(labels) // batch
-    step, seconds, rows, losses, logged, diverged = args.rewind if args.mask else 0, 0.0, [], [], 0, False
+    step = first = args.rewind if args.mask else 0
+    seconds, rows, losses, logged, diverged = 0.0, [], [], 0, False
     checkpoint = out / f"{run}-checkpoint.pt"
     if checkpoint.exists():
         state = common.load_checkpoint(checkpoint, "--resume")
@@ -921,7 +929,7 @@ def train(args, name, seed, data, out):
                "dataset": args.dataset, "epochs": args.epochs, "steps": step, "test_accuracy": tested["test_accuracy"],
                "train_loss": tested.get("epoch_train_loss"), "diverged": diverged, "nonzero": tested["nonzero"],
                "active": tested["active"], "symmetry": symmetry.summary(step), "weights_sha256": weights_sha256(model),
-               "wall_seconds": round(seconds, 2), "images_per_second": round(step * batch / seconds, 1)}
+               "wall_seconds": round(seconds, 2), "images_per_second": round((step - first) * batch / seconds, 1)}
     return {"summary": summary, "rows": rows}
 
 
@@ -1128,7 +1136,8 @@ def main(argv=None):
     joined = ("seed",)
     if args.resume:   # seeds and rows are added to those of the run
         earlier = common.arguments_of(common.run_directory(args.out, default_directory(args), True))
-        args.seed = list(dict.fromkeys([*earlier.get("seed", ()), *args.seed]))
+        if isinstance(earlier.get("seed"), list):   # another script's run is refused below
+            args.seed = list(dict.fromkeys([*earlier["seed"], *args.seed]))
         rows = earlier.get("table1")
         if rows is not None and args.table1 is not None:
             args.table1 = sorted({*rows, *args.table1}) if rows and args.table1 else []   # [] is all rows
@@ -1196,14 +1205,19 @@ def main(argv=None):
     report(out)
     print(f"\n{out}/: metrics.csv, summary.json, config.json, ARM-SEED.pt (weights), "
           + ", ".join(sorted(path.name for path in [*out.glob("*.png"), *out.glob("table1.md")])))
-    dead = [f"{arm['arm']}, seed {arm['seed']}" for arm in summary if arm["active"] == 0]
+    dead, diverged = [], []
+    for arm in summary:
+        of = todo[arm["arm"]]
+        if arm["active"] == 0:
+            dead.append(f"{arm['arm']}, seed {arm['seed']} (--warmup {of.warmup:g}, --lr {of.lr:g})")
+        if arm["diverged"]:
+            diverged.append(f"{arm['arm']}, seed {arm['seed']}, at step {arm['steps']} (--lr {of.lr:g})")
     if dead:
         print(f"constnet.py: dead: the last ReLU is 0 everywhere, so no gradient reaches a weight: {'; '.join(dead)}; "
-              f"try a longer --warmup (was {args.warmup:g}) or a smaller --lr (was {args.lr:g})", file=sys.stderr)
-    diverged = [f"{arm['arm']}, seed {arm['seed']}, at step {arm['steps']}" for arm in summary if arm["diverged"]]
+              "try a longer --warmup or a smaller --lr", file=sys.stderr)
     if diverged:
-        print(f"constnet.py: diverged: the loss is not finite: {'; '.join(diverged)}; try a smaller --lr (was "
-              f"{args.lr}); metrics: {out}/metrics.csv", file=sys.stderr)
+        print(f"constnet.py: diverged: the loss is not finite: {'; '.join(diverged)}; try a smaller --lr; metrics: "
+              f"{out}/metrics.csv", file=sys.stderr)
     return 3 if diverged else 0
 
 

@@ -355,6 +355,7 @@ def claims(rows):
     by seed. None where the arms were not run."""
     accuracy, found = finals(rows), []
     variances = sorted({arm.variance for arm in accuracy})
+    scaled = sorted({arm.variance for arm in accuracy if arm.scaling != "unit"})   # of unit it is 1
 
     def compare(claim, better, worse):
         if better in accuracy and worse in accuracy:
@@ -366,7 +367,7 @@ def claims(rows):
     def arm(init, scaling, variance, norm):
         return init, scaling, 1.0 if scaling == "unit" else variance, norm
 
-    for init, variance, norm in itertools.product(INITS, [v for v in variances if v != 1] or [1.0], ("off", "on")):
+    for init, variance, norm in itertools.product(INITS, scaled, ("off", "on")):
         for other in ("unit", "constant", "decreasing"):
             compare("increasing beats the others", (init, "increasing", variance, norm),
                     arm(init, other, variance, norm))

@@ -299,8 +299,9 @@ def statements(errors):
     if low == high or len(widths) < 3 or len(features) < 3 or any(len(values) != seeds for values in errors.values()):
         return []
     cells = [(n, k) for n, k, noise in errors if noise == low and (n, k, high) in errors]
-    few = [k for k in features if k <= max(widths) / 32 and all((n, k, low) in errors for n in widths if n >= k)]
     by_k = {k: [n for n in widths if (n, k, low) in errors] for k in features}
+    few = [k for k in features
+           if k <= max(widths) / 32 and len(by_k[k]) > 1 and all((n, k, low) in errors for n in widths if n >= k)]
 
     def mean(cell, noise, chosen):
         return errors[(*cell, noise)][chosen].mean()
@@ -318,7 +319,7 @@ def statements(errors):
         halves, differences = (chosen[chosen % 2 == 0], chosen[chosen % 2 == 1]), []
         for choose, compare in (halves, halves[::-1]) if all(map(len, halves)) else ():
             for k in few:
-                best = min((n for n in by_k[k][:-1]), key=lambda n: mean((n, k), low, choose))
+                best = min(by_k[k][:-1], key=lambda n: mean((n, k), low, choose))
                 differences.append(mean((by_k[k][-1], k), low, compare) - mean((best, k), low, compare))
         return np.mean(differences) if differences else math.nan
 

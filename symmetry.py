@@ -91,8 +91,8 @@ def parse_arguments(argv=None):
     need(args.blocks >= 3 and args.blocks % 3 == 0, "--blocks", args.blocks, "a positive multiple of 3")
     need(math.isfinite(args.lr) and args.lr > 0, "--lr", args.lr, "finite and positive")
     for name in ("splits", "gaussian", "bit_steps", "dropout", "windows"):
-        values = getattr(args, name)
-        need(len(set(values)) == len(values), f"--{name}", values, "different values")
+        values = [f"{value:g}" if name == "dropout" else value for value in getattr(args, name)]   # arms' names
+        need(len(set(values)) == len(values), f"--{name}", " ".join(map(str, values)), "different values")
     for window in args.windows:
         a, _, b = window.partition(":")
         need(a.isdecimal() and b.isdecimal() and int(a) < int(b), "--windows", window, "A:B with 0 <= A < B")

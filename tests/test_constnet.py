@@ -405,6 +405,13 @@ def test_seeds_are_added_to_those_of_a_run(tmp_path, run):
     assert results(tmp_path / "b")[0]["weights_sha256"] == results(tmp_path / "a")[1]["weights_sha256"]
 
 
+def test_a_run_of_another_script_is_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"arguments": {"dataset": "digits", "seed": 0}}')
+    with pytest.raises(SystemExit) as stop:
+        constnet.main(["--resume", "--out", str(tmp_path)])
+    assert stop.value.code == 2 and "another configuration" in capsys.readouterr().err
+
+
 def test_a_diverged_arm_stays_so_after_a_kill(tmp_path, monkeypatch):
     """A kill between its last checkpoint and its result."""
     monkeypatch.setattr(sys, "argv", ["constnet.py"])
@@ -592,9 +599,13 @@ BAD = [
     (("--momentum", 0, "--nesterov"), "--momentum.*--nesterov"), (("--shards", 3), "--batch-size.*64.*3"),
     (("--freeze", "*"), "--freeze.*left to train"), (("--order-seed", 1 << 63), "--order-seed"), (("--prune", 0.5, 0.5), "--prune"),
     (("--arch", "leakynet", "--table1"), "--arch.*leakynet"), (("--leakynet-study", "--blocks", 6, "--layer-init", "h_hh_hh_hh"), "12"),
-    (("--arch", "leakynet", "--norm", "fixup"), "--norm"), (("--table1", "--order", "fixed", "atomic"), "one in a study"),
+    (("--arch", "leakynet", "--norm", "fixup"), "--norm"), (("--leakynet-study", "--norm", "fixup"), "--norm"), (("--table1", "--order", "fixed", "atomic"), "one in a study"),
     (("--plot-only", ""), "--plot-only"), (("--device", "hpu"), "--device.*hpu"),
     (("--shards", 16), "--splits.*8.*4"), (("--warmup", -1), "--warmup.*-1"), (("--sync-batch-norm",), "--sync-batch-norm.*torchrun"),
+    (("--table1", 1, "--dropout", 0.5), r"--dropout.*0\.5.*left out"), (("--table1", "--order", "native"), "--order.*left out"),
+    (("--figure2", "digits", "digits", "--init", "ab"), "--init.*left out"), (("--prune", 0.5, "--init", "none"), "--init.*left out"),
+    (("--arch", "leakynet", "--init", "ab"), "--init.*left out"), (("--layer-init", "h_hhhh_hhhh_hhhh"), "--layer-init.*left out"),
+    (("--leakynet-study", "--layer-init", "h_hhhh_hhhh_hhhh"), "--layer-init.*left out"),
 ]
 
 

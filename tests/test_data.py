@@ -1,5 +1,6 @@
-"""The loaders of common.py, on small files in the original formats."""
+"""common.py: its loaders, on small files in the original formats, its run directory, and the pieces of a run."""
 
+import argparse
 import gzip
 import hashlib
 import pickle
@@ -124,3 +125,32 @@ def test_image_folder(tmp_path, capsys, mode, channels):
             common.load_data("imagefolder", tmp_path)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and "cannot be read" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("dataset,figure2,own", [("mnist", None, False), ("imagefolder", None, True),
+                                                 ("digits", ["mnist", "cifar10"], False), ("digits", ["digits", "imagefolder"], True)])
+def test_a_run_is_of_one_folder_of_images(tmp_path, capsys, dataset, figure2, own):
+    def start(data_dir, resume):
+        return common.start_run(argparse.Namespace(dataset=dataset, figure2=figure2, data_dir=data_dir, device="cpu",
+                                                   out=tmp_path / "run", resume=resume), "")
+
+    assert start("here", False) == start("here", True) == tmp_path / "run"
+    if own:
+        with pytest.raises(SystemExit):
+            start("there", True)
+        assert "made with --data-dir here" in capsys.readouterr().err
+    else:
+        assert start("there", True) == tmp_path / "run"
+
+
+def test_processes_share_out_what_is_left(tmp_path, monkeypatch):
+    """The second of two processes, where the first and third of four pieces were done before."""
+    for name in "ac":
+        (tmp_path / "done").mkdir(exist_ok=True)
+        common.write_json(tmp_path / "done" / f"{name}.json", [0])
+    monkeypatch.setattr(common, "RANK", 1)
+    monkeypatch.setattr(common, "PROCESSES", 2)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: common.write_json(tmp_path / "done" / "b.json", [1]))
+    did = []
+    found = common.work({name: (name,) for name in "abcd"}, lambda name: did.append(name) or [2], tmp_path)
+    assert did == ["d"] and found == {"a": [0], "b": [1], "c": [0], "d": [2]}

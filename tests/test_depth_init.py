@@ -184,6 +184,15 @@ def test_claims_from_known_accuracies():
                         ("batch norm mends a high variance", "increasing", "increasing"): ("yes", 10.0)}
 
 
+def test_claims_are_made_at_every_variance():
+    rows = [{"init": "he normal", "scaling": scaling, "variance": variance, "batch_norm": "off", "seed": seed, "epoch": 3,
+             "test_accuracy": 90.0 + seed} for scaling, variance in (("unit", 1.0), ("increasing", 1.0), ("increasing", 22.0))
+            for seed in range(2)]
+    better = [claim["better"] for claim in depth_init.claims(rows) if claim["claim"] == "increasing beats the others"]
+    assert better == ["he normal / increasing / 1.0 / off", "he normal / increasing / 22.0 / off"]
+    assert depth_init.claims(rows[:2]) == []   # unit alone
+
+
 def test_the_rate_is_chosen_by_training_loss():
     rows = [{"init": "he normal", "scaling": scaling, "variance": 1.0, "batch_norm": "off", "lr": lr, "seed": seed, "epoch": 2,
              "train_loss": loss, "test_accuracy": 100 * lr}

@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import itertools
+import shutil
 
+import numpy as np
 import ordered_reduce
 import pytest
 import reference
@@ -46,7 +48,9 @@ def test_converted_model_computes_the_same(device, order, batch):
 
 @pytest.mark.parametrize("case", [
     dict(shape=(3, 2, 4, 4), weight=(2, 2, 3, 3), stride=2, padding=1), dict(shape=(3, 4, 3, 2), weight=(2, 2, 3, 1), groups=2),
-    dict(shape=(4, 1, 5, 4), weight=(2, 1, 3, 2), dilation=(2, 1), padding=(0, 2)), dict(shape=(2, 3, 3), weight=(3, 2, 1, 1)),
+    dict(shape=(4, 1, 5, 4), weight=(2, 1, 3, 2), dilation=(2, 1), padding=(0, 2)),
+    dict(shape=(3, 2, 4, 5), weight=(2, 2, 2, 3), padding="same", dilation=(1, 2)),
+    dict(shape=(3, 2, 4, 5), weight=(2, 2, 2, 3), padding="valid", stride=2), dict(shape=(2, 3, 3), weight=(3, 2, 1, 1)),
 ], ids=str)
 def test_conv2d_gradients(device, case):
     case = dict(case)
@@ -261,6 +265,24 @@ def test_compiles_once_for_all_steps(device):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("noise", [None, "gaussian"])
+def test_compiled_for_any_batch(device, noise):
+    """Channels are filled up to 16, and groups of one sample are products over one term: see _opaque_products."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 10), nn.Linear(10, 7)).to(device)
+    ordered_reduce.convert(model, order="shuffled", noise=noise, ulps=0.3)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for batch in (5, 64, 8, 13):
+        x = torch.randn(batch, 32, device=device)
+        expected = gradients(model, x)
+        model.zero_grad()
+        compiled(x).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(device, dtype):
     torch.manual_seed(0)
@@ -392,6 +414,16 @@ def test_convert_errors(arguments, named):
         ordered_reduce.convert(network(), **arguments)
 
 
+def test_numbers_of_numpy_and_a_bias_to_broadcast():
+    x, weight = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3)
+    assert torch.equal(ordered_reduce.conv2d(x, weight, padding=np.int64(1)), F.conv2d(x, weight, padding=1))
+    assert torch.equal(ordered_reduce.sum(x, np.int64(1)), ordered_reduce.sum(x, 1))
+    assert torch.equal(ordered_reduce.sum(x, (np.int64(-1), 0)), ordered_reduce.sum(x, (3, 0)))
+    weight, bias = torch.randn(4, 5, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    found = [torch.autograd.grad(f(x, weight, bias).square().sum(), (weight, bias)) for f in (F.linear, ordered_reduce.linear)]
+    torch.testing.assert_close(*found)
+
+
 def test_functional_errors_are_pytorchs():
     x, weight = torch.randn(2, 3, 5, 5), torch.randn(4, 2, 3, 3)
     for f in (F.conv2d, ordered_reduce.conv2d):
@@ -399,9 +431,15 @@ def test_functional_errors_are_pytorchs():
             f(x, weight)
         with pytest.raises(RuntimeError, match=r"Expected 3D \(unbatched\) or 4D \(batched\) input"):
             f(torch.randn(5, 5), torch.randn(1, 1, 3, 3))
+        for wrong, said in ((dict(padding=(1, 2, 3)), r"padding=\[1, 2, 3\]"), (dict(padding="all"), "padding string: 'all'"),
+                            (dict(padding="same", stride=2), "strided")):
+            with pytest.raises(RuntimeError, match=said):
+                f(x, weight.repeat(1, 2, 1, 1)[:, :3], **wrong)
     for f in (F.linear, ordered_reduce.linear):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             f(torch.randn(2, 3), torch.randn(4, 5))
+        with pytest.raises(RuntimeError, match="at least 1D"):
+            f(torch.tensor(1.0), torch.randn(3, 1))
     for f, shape in ((ordered_reduce.linear, (2, 3)), (ordered_reduce.conv2d, (2, 3, 1, 1))):
         x = torch.randn(shape, dtype=torch.complex64)
         with pytest.raises(NotImplementedError, match="complex64"):

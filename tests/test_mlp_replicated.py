@@ -198,6 +198,12 @@ def test_no_statements_about_a_grid_that_cannot_answer():
     assert mlp_replicated.statements({}) == []
 
 
+def test_few_features_that_one_width_alone_can_hold_are_left_out():
+    """16 <= 512 / 32, but no other width of this grid has 16 units or more."""
+    errors = {(n, k, noise, 0): np.arange(2.0) + n for n in (4, 8, 512) for k in (1, 8, 16) if k <= n for noise in (0, 0.1)}
+    assert value(errors, "narrower") == pytest.approx((512 - 4 + 512 - 8) / 2)
+
+
 # ------------------------------------------------------------------------------------------------------------ the script
 
 

@@ -335,7 +335,8 @@ def test_compiles_once_for_all_steps():
     (dict(dim=2), IndexError, "dim=2"), (dict(dim=-3), IndexError, "dim=-3"), (dict(dim=(0, 0)), RuntimeError, "dim=0"),
     (dict(x=[1.0, 2.0]), TypeError, "'x'.*list"), (dict(x=torch.ones(3, dtype=torch.int64)), NotImplementedError, "int64"),
     (dict(x=torch.ones(3, dtype=torch.complex64)), NotImplementedError, "complex64"),
-    (dict(step=torch.ones(2, dtype=torch.int64), order="shuffled"), RuntimeError, "step"),
+    (dict(step=torch.ones(2, dtype=torch.int64)), ValueError, r"step.*\(2,\)"),
+    (dict(step=torch.ones(1), order="shuffled"), ValueError, "step.*float32"), (dict(dim=1.0), TypeError, "float"),
     (dict(step=torch.ones((), device="meta", dtype=torch.int64)), RuntimeError, "meta"),
 ], ids=lambda value: str(value)[:40])
 def test_errors_name_argument_and_value(arguments, error, named):

@@ -267,6 +267,7 @@ def test_a_recorded_run_that_diverges_is_replayed_all_the_same():
 
 @pytest.mark.parametrize("given,complaint", [
     (["--splits", 3, 3], "different"), (["--windows", "0:1", "0:1"], "different"),
+    (["--dropout", 0.01, 0.010000001], "different"),
     (["--parts", "noises"], "--parts"), (["--splits", 0], "--splits"), (["--splits", 65], "--splits"),
     (["--gaussian", 40], "--gaussian"), (["--bit-steps", -1], "--bit-steps"), (["--bit-layer", "x"], "stages.1.0.conv"),
     (["--dropout", 1], "--dropout"), (["--windows", "3"], "--windows"), (["--windows", "3:3"], "--windows"),

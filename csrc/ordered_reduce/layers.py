@@ -49,7 +49,9 @@ def _need_real(function, weight):
 
 
 def _pair(value):
-    return [value, value] if isinstance(value, int) else list(value) * (3 - len(value))   # PyTorch takes (1,), too
+    """A stride, padding or dilation as a list of two; of another length as it is, for PyTorch to refuse."""
+    value = list(value) if isinstance(value, (tuple, list)) else [operator.index(value)]
+    return value * 2 if len(value) == 1 else value   # PyTorch takes (1,), too
 
 
 def _padded(t, dim):
@@ -166,16 +168,31 @@ def _conv2d_weight_partials(grad, x, weight, conv, splits):
 
 def _linear_weight_partials(grad, x, splits):
     """(G, out, in): the weight gradients of G consecutive groups of samples (the first dimension)."""
-    batch, G, shape = x.shape[0], max(1, min(splits, x.shape[0])), (grad.shape[-1], x.shape[-1])
+    products = _opaque_products if torch.compiler.is_compiling() else _products
+    return products(grad, x, splits)[:, :grad.shape[-1], :x.shape[-1]]
+
+
+def _products(grad, x, splits):
+    batch, G = x.shape[0], max(1, min(splits, x.shape[0]))
     rows = x.shape[:-1].numel() // batch if batch else 0    # of a sample
     grad, x = _padded(grad, grad.ndim - 1), _padded(x, x.ndim - 1)
     if batch % G == 0:
-        partials = torch.bmm(grad.reshape(G, batch // G * rows, grad.shape[-1]).transpose(1, 2),
-                             x.reshape(G, batch // G * rows, x.shape[-1]))
-    else:
-        partials = torch.stack([g.reshape(-1, grad.shape[-1]).t() @ s.reshape(-1, x.shape[-1])
-                                for g, s in zip(grad.tensor_split(G), x.tensor_split(G), strict=True)])
-    return partials[:, :shape[0], :shape[1]]
+        return torch.bmm(grad.reshape(G, batch // G * rows, grad.shape[-1]).transpose(1, 2),
+                         x.reshape(G, batch // G * rows, x.shape[-1]))
+    return torch.stack([g.reshape(-1, grad.shape[-1]).t() @ s.reshape(-1, x.shape[-1])
+                        for g, s in zip(grad.tensor_split(G), x.tensor_split(G), strict=True)])
+
+
+# Compiled for any batch, products over a group of one sample read beyond the end of their tensors with PyTorch 2.12 to
+# 2.14, which makes sums of them; an operator of one's own it leaves as it is.
+@torch.library.custom_op("ordered_reduce::products", mutates_args=())
+def _opaque_products(grad: torch.Tensor, x: torch.Tensor, splits: int) -> torch.Tensor:
+    return _products(grad, x, splits)
+
+
+@_opaque_products.register_fake
+def _(grad, x, splits):
+    return grad.new_empty(max(1, min(splits, x.shape[0])), *(-(-t.shape[-1] // 16) * 16 for t in (grad, x)))
 
 
 @torch.library.register_fake("ordered_reduce::add_partials")
@@ -262,15 +279,22 @@ def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, o
     """torch.nn.functional.conv2d with the weight gradient's samples added in the given order.
 
     x is (batch, in, height, width) or (in, height, width), weight (out, in / groups, kh, kw), bias (out,) or None;
-    stride, padding and dilation are an int or two. The output, (batch, out, height, width) or (out, height, width), and
-    its errors are PyTorch's. The order arguments are those of `ordered_reduce.sum`; order="native" is PyTorch's own
-    layer. A wrong one raises ValueError, a complex weight NotImplementedError. (A float64 weight, as `noisy` makes it
-    for stochastic rounding, is used in the dtype of x.)
+    stride, padding and dilation are an int or two, padding "same" or "valid" too. The output, (batch, out, height,
+    width) or (out, height, width), and its errors are PyTorch's. The order arguments are those of `ordered_reduce.sum`;
+    order="native" is PyTorch's own layer. A wrong one raises ValueError, a complex weight NotImplementedError. (A
+    float64 weight, as `noisy` makes it for stochastic rounding, is used in the dtype of x.)
     """
     check_order(order, splits, seed, op, scope, LAYER_ORDERS)
     _need_real("conv2d", weight)
     if order == "native" or weight.numel() == 0 or x.ndim not in (3, 4):   # nothing to add, or PyTorch's error
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if isinstance(padding, str):
+        if padding not in ("same", "valid") or weight.ndim != 4 or (padding == "same" and _pair(stride) != [1, 1]):
+            return F.conv2d(x, weight, bias, stride, padding, dilation, groups)   # PyTorch's error
+        if padding == "same":
+            high, wide = (d * (k - 1) for d, k in zip(_pair(dilation), weight.shape[2:], strict=True))
+            x = F.pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
+        padding = 0
     x, bias, used = _autocast(x, weight, bias)
     batched = x if x.ndim == 4 else x.unsqueeze(0)
     conv = (_pair(stride), _pair(padding), _pair(dilation), groups)
@@ -288,8 +312,10 @@ def linear(x, weight, bias=None, *, order="fixed", splits=8, seed=0, step=0, op=
     """
     check_order(order, splits, seed, op, scope, LAYER_ORDERS)
     _need_real("linear", weight)
-    if order == "native" or weight.numel() == 0 or weight.ndim != 2:   # nothing to add, or not a layer's
+    if order == "native" or weight.numel() == 0 or weight.ndim != 2 or x.ndim == 0:   # nothing to add, or not a layer's
         return F.linear(x, weight, bias)
+    if bias is not None and bias.shape != weight.shape[:1]:   # PyTorch broadcasts it
+        return linear(x, weight, order=order, splits=splits, seed=seed, step=step, op=op, scope=scope) + bias
     x, bias, used = _autocast(x, weight, bias)
     batched = x if x.ndim > 1 else x.unsqueeze(0)
     out = _Linear.apply(batched, weight, bias, used, (order, splits, seed, step, op, scope))
@@ -337,9 +363,8 @@ class Conv2d(nn.Conv2d):
 
     def _conv_forward(self, x, weight, bias):
         padding = self.padding
-        if self.padding_mode != "zeros" or isinstance(padding, str):   # as nn.Conv2d does: pad first, then none
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), 0
+        if self.padding_mode != "zeros":   # as nn.Conv2d does: pad first, then none
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         return conv2d(x, self.policy.noisy(weight, self.op), bias, self.stride, padding, self.dilation, self.groups,
                       **self.policy.arguments(self.op))
 
@@ -440,13 +465,14 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     Parameters, names, hooks and state_dict stay as they are. A layer that is converted already follows the new policy.
     A layer that is called several times in a step draws the same order every time. The partial gradients are PyTorch's,
     on a GPU by those of cuDNN's kernels that repeat (in compiled code only under
-    torch.use_deterministic_algorithms(True), which the other operations of a GPU need in any case). Derivatives by
-    torch.func's transforms are refused.
+    torch.use_deterministic_algorithms(True), which the other operations of a GPU need in any case). torch.compile and
+    torch.export take a converted model; torch.func's transforms and the saving of torch.jit.trace do in order "native"
+    alone; torch.fx and torch.jit.script do not.
 
     Args:
       model: any nn.Module. Subclasses of these layers, parametrized layers among them, are left alone, for they may
-        compute something else; so are weights that no such layer applies (in attention, recurrent layers), and
-        embeddings with max_norm, scale_grad_by_freq or sparse.
+        compute something else; so are lazy layers that have not seen a batch, weights that no such layer applies (in
+        attention, recurrent layers), and embeddings with max_norm, scale_grad_by_freq or sparse.
       order: "fixed", "shuffled", "atomic", "exact" (but for embeddings, of partial gradients that are rounded),
         "arrival" (not for embeddings) or "native" (PyTorch's own gradient).
       splits, seed, scope: as in `ordered_reduce.sum`; a batch smaller than splits makes fewer groups.

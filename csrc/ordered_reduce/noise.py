@@ -46,7 +46,8 @@ def _perturb(grad, dtype, noise, ulps, flips, bit, *key):
     if noise == "gaussian":
         half = -(-n // 2)
         u = _uniforms(4 * half, *key).view(4, half)
-        radius, angle = (-2 * u[0].log()).sqrt(), 2 * math.pi * u[1]   # Box and Muller, 1958
+        # Box and Muller, 1958. (Of math.pi torch.compile(dynamic=True) would make an unknown, and fail.)
+        radius, angle = (-2 * u[0].log()).sqrt(), 6.283185307179586 * u[1]
         normal = torch.cat([radius * angle.cos(), radius * angle.sin()])[:n]
         size = grad.abs()
         ulp = torch.nextafter(size, torch.full_like(size, math.inf)).double() - size.double()

@@ -79,6 +79,9 @@ def _step(step, order, name, x):
         if not 0 <= step < 1 << 32:
             raise ValueError(f"step must lie in [0, 2**32); got {step}")
         return torch.full((), step, dtype=torch.int64, device="cpu") if order == "shuffled" else None
+    if step.dtype != torch.int64 or step.numel() != 1:
+        raise ValueError("step must be an int or a tensor of one int64; got a tensor of shape "
+                         f"{tuple(step.shape)} and dtype {step.dtype}")
     if step.device.type != "cpu" and step.device != x.device:
         raise RuntimeError("Expected all tensors to be on the same device, but found step on "
                            f"{step.device} and {name} on {x.device}")
@@ -97,10 +100,11 @@ def _mask(dim, ndim):
 
 
 def _dims(dim, ndim):
-    if dim in ((), []):
+    given = list(dim) if isinstance(dim, (tuple, list)) else [dim]
+    if not given:
         return list(range(ndim))
     dims, low, high = [], -max(ndim, 1), max(ndim, 1) - 1
-    for d in [dim] if isinstance(dim, int) else list(dim):
+    for d in map(operator.index, given):
         if not low <= d <= high:
             raise IndexError(f"Dimension out of range (expected to be in range of [{low}, {high}], but got dim={d})")
         d = d % max(ndim, 1)
@@ -136,7 +140,8 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
         exactly) and rounded once. A sum of nothing is 0; NaN and infinity propagate.
       dim: int, tuple of ints, or None for all dimensions, as in torch.sum.
       keepdim: keep the summed dimensions with size 1.
-      splits: G, the number of groups; 2 cannot make noise (a + b = b + a), from 3 on it grows as about sqrt(G).
+      splits: G, the number of groups; 2 cannot make noise (a + b = b + a), from 3 on it grows as about sqrt(G). Of a
+        sum to few outputs a CPU keeps up to 256 bytes (float64: 512) for every group.
       seed, step, op: 64-bit, 32-bit, 32-bit keys of the permutation. step may be a one-element int64 tensor, so that a
         compiled program can advance it; one on the device of x is read there, which a captured CUDA graph needs.
       scope: "output" or "tensor".
