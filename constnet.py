@@ -179,7 +179,8 @@ def parse_arguments(argv, more=()):
     common.add_files(parser, "constnet/DATASET", "to the same bits; finished arms are kept")
     args = parser.parse_args([*argv, *more])
     args.seed = args.seed or ([] if args.resume else [0])
-    if args.arch == "leakynet" or args.leakynet_study:   # the authors'
+    args.arch = "leakynet" if args.leakynet_study else args.arch
+    if args.arch == "leakynet":   # the authors'
         args.lr = 0.03 if args.lr is None else args.lr
         args.warmup = 0.0 if args.warmup is None else args.warmup
     common.check_common(args, DEFAULTS, ordered_reduce.cuda_built())
@@ -201,6 +202,7 @@ def check_arguments(args):
     args.init = "".join(sorted(set(args.init))) if args.init != "none" else ""
     need(set(args.init) <= set("abcd"), "--init", repr(args.init), "letters of a, b, c, d, or 'none'")
     need(args.blocks >= 3 and args.blocks % 3 == 0, "--blocks", args.blocks, "a positive multiple of 3")
+    need(not args.leakynet_study or args.blocks == 12, "--blocks", args.blocks, "12 for the authors' seven choices")
     letters = args.layer_init.replace("_", "")
     fits = set(letters) <= set("hi1") and len(letters) == 1 + args.blocks
     need(fits or args.arch == "constnet", "--layer-init", repr(args.layer_init),
@@ -227,9 +229,7 @@ def check_arguments(args):
              "finite and at least 0")
     need(args.arch == "constnet" or study_of(args) in ("", "leakynet_study", "signal"), "--arch", args.arch,
          "constnet for this study, which is of its --init")
-    need((args.arch == "constnet" and not args.leakynet_study) or args.norm == "batch", "--norm", args.norm,
-         "batch with leakynet")
-    need(not args.leakynet_study or args.blocks == 12, "--blocks", args.blocks, "12 for the authors' seven choices")
+    need(args.arch == "constnet" or args.norm == "batch", "--norm", args.norm, "batch with leakynet")
     need(not study_of(args) or len(args.order) == len(args.prox) == 1, "--order, --prox", "several", "one in a study")
     need(-1 << 63 <= args.order_seed < 1 << 63, "--order-seed", args.order_seed, "a signed 64-bit number")
     processes = 1 if study_of(args) else common.PROCESSES
@@ -543,7 +543,7 @@ LEAKYNETS = ("h_hhhh_hhhh_hhhh", "i_iiii_iiii_iiii", "1_iiii_iiii_iiii", "1_iiii
              "1_ii11_ii11_ii11", "1_1111_1111_1111")   # the authors' seven
 STARTS = {"constnet": "abcd", "standard": ""}
 SETS = {"table1": ("init", "dropout", "order"), "figure2": ("init", "dropout"), "prune": ("init",),
-        "leakynet_study": ("init", "layer_init")}   # the arguments that a study sets for its arms
+        "leakynet_study": ("layer_init",)}   # the arguments that a study sets for its arms
 
 
 def arms(args, argv):
@@ -557,7 +557,7 @@ def arms(args, argv):
                 for number, (init, dropout, order, _) in enumerate(TABLE_1, start=1)
                 if not args.table1 or number in args.table1}
     if args.leakynet_study:
-        return {letters: arm(arch="leakynet", layer_init=letters) for letters in LEAKYNETS}
+        return {letters: arm(layer_init=letters) for letters in LEAKYNETS}
     if args.figure2:   # with the defaults of each data set
         return {f"{dataset}-{start}": arm(parse_arguments(argv, ["--dataset", dataset]), init=init, dropout=0.01)
                 for dataset in args.figure2 for start, init in STARTS.items()}

@@ -145,8 +145,8 @@ def test_a_run_is_of_one_folder_of_images(tmp_path, capsys, dataset, figure2, ow
 
 def test_processes_share_out_what_is_left(tmp_path, monkeypatch):
     """The second of two processes, where the first and third of four pieces were done before."""
+    (tmp_path / "done").mkdir()
     for name in "ac":
-        (tmp_path / "done").mkdir(exist_ok=True)
         common.write_json(tmp_path / "done" / f"{name}.json", [0])
     monkeypatch.setattr(common, "RANK", 1)
     monkeypatch.setattr(common, "PROCESSES", 2)
