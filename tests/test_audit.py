@@ -1,11 +1,14 @@
 """The audit finds what is planted, and nothing where nothing is."""
 
 import collections
+import copy
 import dataclasses
 import json
 import subprocess
 import sys
+import threading
 
+import numpy as np
 import ordered_reduce
 import pytest
 import torch
@@ -14,6 +17,7 @@ from ordered_reduce.checks import CHECKS
 from ordered_reduce.training import _narrowest
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 ULP = 1 + 2.0**-22
 
@@ -345,6 +349,90 @@ def test_the_command_does_not_hide_the_function():
     assert subprocess.run([sys.executable, "-W", "error", "-c", code]).returncode == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_scripted_parts_are_looked_at_from_without():
+    model = nn.Sequential(nn.Linear(16, 16), torch.jit.script(nn.ReLU()), nn.Flatten())
+    report = ordered_reduce.audit(model, X)
+    assert rows_of(report, "the whole model (Sequential)") and rows_of(report, "2 (Flatten)") and not failures(report, "repeats")
+    assert ordered_reduce.audit_training(plain(lambda: copy.deepcopy(model), X), 1)["repeats"] is None
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_checkpoints_run_again_with_the_tensors_of_the_run():
+    """And not with those of the model, when autograd asks for what they have not kept."""
+    def checkpointed(self, x):
+        return checkpoint(lambda y: self.norm(torch.tanh(y @ self.weight)), x, use_reentrant=False)
+
+    model = Do(checkpointed, weight=torch.randn(16, 16), norm=nn.BatchNorm1d(16))
+    whole = rows_of(ordered_reduce.audit(model, X), "the whole model (Do)")
+    assert whole["gradients"]["repeats"] == "yes" and model.norm.num_batches_tracked == 0
+    leaf = Do(lambda self, x: checkpoint(lambda y: torch.tanh(y @ self.weight), x, use_reentrant=False), weight=torch.randn(16, 16))
+    assert {row["equal channels"] for row in ordered_reduce.audit(leaf, X)} == {"yes"}
+
+
+def hidden_state(self, x):
+    self.state = torch.tanh(self.linear(x) + (0 if self.state is None else self.state[0])), 1
+    return self.state[0]
+
+
+def moving_average(self, x):
+    self.state = x.mean(0) if self.state is None else 0.5 * self.state + 0.5 * x.mean(0)
+    return x - self.state
+
+
+@pytest.mark.parametrize("do", [hidden_state, moving_average])
+def test_what_a_module_keeps_from_its_calls(do):
+    """Stays out of the model, and out of what is said of other modules."""
+    model = nn.Sequential(Do(do, state=None, linear=nn.Linear(16, 16)), nn.Linear(16, 4))
+    report = ordered_reduce.audit(model, X)
+    assert model[0].state is None and model[0].calls == 0 and not failures(report, "error")
+    guilty = {where for where, _, _ in failures(report, "repeats")}
+    assert guilty == ({"0 (Do)", "the whole model (Sequential)"} if do is hidden_state else set())
+
+
+def test_what_cannot_be_copied_is_run_itself():
+    model = Do(lambda self, x: x * self.scale, scale=torch.ones(16), lock=threading.Lock())
+    assert {row["repeats"] for row in ordered_reduce.audit(model, X)} == {"yes"} and model.calls > 0
+    assert torch.equal(model.scale, torch.ones(16)) and model.scale.grad is None
+
+
+def test_more_repeats_find_what_is_rare():
+    model = Do(lambda self, x: x * (ULP if self.calls % 8 == 0 else 1.0))
+    assert [ordered_reduce.audit(model, X, repeats=n)[0]["repeats"] for n in (3, 12)] == ["yes", "no"]
+    with pytest.raises(ValueError, match="repeats must be at least 2; got 1"):
+        ordered_reduce.audit(model, X, repeats=1)
+
+
+def test_a_module_that_is_given_no_tensor_has_a_row():
+    noise = Do(lambda self, n: torch.randn(n, 16, generator=self.generator), generator=torch.Generator())
+    report = ordered_reduce.audit(Do(lambda self, x: self.linear(x + self.noise(len(x))), noise=noise, linear=nn.Linear(16, 4)), X)
+    assert {where for where, _, _ in failures(report, "repeats")} == {"noise (Do)", "the whole model (Do)"}
+
+
+def test_inputs_become_numpy_arrays():
+    def augment(self, x):
+        return torch.from_numpy(x.numpy() * self.generator.normal(1, 0.1))
+
+    report = ordered_reduce.audit(nn.Sequential(Do(augment, generator=np.random.default_rng(0)), nn.Linear(16, 4)), X)
+    assert not failures(report, "error") and {where for where, _, _ in failures(report, "repeats")} == {
+        "0 (Do)", "the whole model (Sequential)"}
+    assert rows_of(report, "1 (Linear)")["gradient of input"]["repeats"] == "yes"
+
+
+def test_one_tensor_given_twice_is_one_tensor():
+    """PyTorch's attention takes another way then."""
+    def same(self, q, k):
+        assert q is k
+        return self.linear(q)
+
+    model = Do(lambda self, x: self.same(x, k=x), same=Do(same, linear=nn.Linear(16, 16)))
+    report = ordered_reduce.audit(model, X)
+    assert not failures(report, "error") and "gradient of weight" in rows_of(report, "same.linear (Linear)")
+    assert ordered_reduce.audit_training(plain(lambda: copy.deepcopy(model), X), 1)["repeats"] is None
+    leaf = rows_of(ordered_reduce.audit(Do(lambda self, q, k: q * 2 if q is k else q), (X, X)), "the whole model (Do)")
+    assert list(leaf) == ["forward", "gradient of input"]
+
+
 # ----------------------------------------------------------------------------------------------------- training runs
 
 
@@ -477,7 +565,7 @@ def test_backward_culprits_are_told_from_the_other_readers_of_a_tensor(device):
 def test_training_names_dropout_though_its_difference_is_large(device):
     found = ordered_reduce.audit_training(symmetric(device, extra=[nn.Dropout(0.1)]), 2)
     assert found["repeats"] is None and found["apart"].items() >= {"step": 0, "module": "6", "pass": "output"}.items()
-    with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="steps must be an integer of at least 1; got 0"):
         ordered_reduce.audit_training(symmetric(device), 0)
 
 
@@ -561,3 +649,44 @@ def test_training_with_copies_of_nan_and_a_wrong_order():
     assert ordered_reduce.audit_training(build, 1) == NOTHING
     with pytest.raises(ValueError, match="order must be one of .* got 'bogus'"):
         ordered_reduce.audit_training(lambda: pytest.fail("it ran"), 1, order="bogus")
+
+
+def test_training_names_a_buffer():
+    """Which no gradient tells of."""
+    generator = torch.Generator()
+    generator.seed()
+
+    def make():
+        model, step = plain(lambda: nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)), X)()
+
+        def noisy(number):
+            step(number)
+            if number == 1:
+                model[1].running_mean += torch.randn(16, generator=generator)
+        return model, noisy
+
+    assert ordered_reduce.audit_training(make, 3)["repeats"] == {"step": 1, "module": "1", "pass": "running_mean"}
+    start = plain(lambda: nn.BatchNorm1d(16), X, prepare=lambda model: model.running_var.uniform_(generator=generator))
+    assert ordered_reduce.audit_training(start, 1)["repeats"] == {"step": 0, "module": "", "pass": "initial running_var"}
+
+
+@pytest.mark.parametrize("make,steps,said", [
+    (lambda: nn.Linear(2, 2), 1, "make must return a Module and a function of the step's number; got Linear"),
+    (lambda: (print, nn.Linear(2, 2)), 1, "make must return a Module"), (lambda: (ROWS, print), 1, "the same one twice"),
+    (None, 2.5, "steps must be an integer of at least 1; got 2.5"), (None, "3", "steps must be .* got '3'")], ids=range(5))
+def test_training_refuses_wrong_arguments(make, steps, said):
+    with pytest.raises(ValueError, match=said):
+        ordered_reduce.audit_training(make, steps)
+
+
+def test_training_runs_what_is_compiled_as_it_is_written():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    run = plain(lambda: torch.compile(nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5)), backend=backend), X)
+    assert ordered_reduce.audit_training(run, 2)["repeats"] is None and not compiled
+    run()[1](0)
+    assert compiled

@@ -208,6 +208,23 @@ def test_backward_of_the_cpu():
         torch.ops.ordered_reduce.conv2d_backward(grad, x, weight, [1, 1], True, 8)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("order", ["fixed", "shuffled", "exact"])
+def test_second_derivatives_of_batched_gradients(device, order):
+    """Where autograd runs several backward passes at once, no tensor says that it wants a gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)).double().to(device)
+    converted, x, found = copy.deepcopy(model), torch.randn(5, 2, 3, 3, dtype=torch.float64, device=device), []
+    ordered_reduce.convert(converted, order)
+    for m in (model, converted):
+        first = torch.autograd.grad(m(x).sum(0), list(m.parameters()), torch.eye(2, dtype=torch.float64, device=device),
+                                    is_grads_batched=True, create_graph=True)
+        total = sum(g.square().sum() for g in first)
+        found.append(torch.autograd.grad(total, [m[0].weight, m[0].bias, m[3].weight]))
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_arms_share_their_partial_sums(device):
     """With integers, whose sums are exact in any order, all orders agree: nothing but the order differs."""
     torch.manual_seed(0)
@@ -322,6 +339,15 @@ def test_subclasses_are_left_alone_and_copies_are_independent():
     twin = copy.deepcopy(model)
     policy.step()
     assert model[0].policy.count == 1 and twin[0].policy.count == 0
+
+
+def test_a_converted_layer_that_has_become_another_class_follows_the_new_policy():
+    model = nn.Sequential(nn.Linear(20, 5), nn.Conv2d(2, 2, 1))
+    ordered_reduce.convert(model, order="shuffled")
+    nn.utils.parametrizations.weight_norm(model[0])
+    policy = ordered_reduce.convert(model, order="native")
+    assert policy.layers == ["0", "1"] and model[0].policy is policy and model[1].policy is policy
+    assert nn.utils.parametrize.is_parametrized(model[0])
 
 
 def test_a_layer_with_two_names_and_a_model_made_elsewhere():
@@ -444,6 +470,7 @@ def test_functional_errors_are_pytorchs():
         x = torch.randn(shape, dtype=torch.complex64)
         with pytest.raises(NotImplementedError, match="complex64"):
             f(x, x)
+        assert f(x, x, order="native").dtype == x.dtype
     for step, error in ((1 << 70, ValueError), (1.5, TypeError)):
         x = torch.ones(2, 3, requires_grad=True)
         with pytest.raises(error):

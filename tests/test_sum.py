@@ -10,6 +10,7 @@ import torch
 from conftest import GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -305,6 +306,47 @@ def test_gradients(device, dim, keepdim, order):
         torch.func.jacfwd(torch.func.jacfwd(f))(x.detach())
 
 
+INDEX = torch.tensor([0, 1, 0, 2, 1])
+OBSERVED = {   # f of a tensor (5, 3), as something else runs it than Python and autograd alone
+    "vmap": lambda f: lambda x: torch.func.vmap(f)(x.view(5, 3, 1))[..., 0].view_as(x),
+    "trace": lambda f: torch.jit.trace(f, torch.ones(5, 3)),
+    "trace of a leaf": lambda f: torch.jit.trace(f, torch.ones(5, 3, requires_grad=True)),
+    "export": lambda f: torch.export.export(Module(f), (torch.ones(5, 3),)).module(),
+    "strict export": lambda f: torch.export.export(Module(f), (torch.ones(5, 3),), strict=True).module(),
+    "make_fx": lambda f: make_fx(f)(torch.ones(5, 3)),
+    "compiled vmap": lambda f: torch.compile(OBSERVED["vmap"](f), backend="aot_eager")}
+
+
+class Module(torch.nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x):
+        return self.f(x)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("how", OBSERVED)
+@pytest.mark.parametrize("library", [ordered_reduce, torch], ids=["ours", "PyTorch's"])
+def test_gradients_where_a_tensor_does_not_say_that_it_wants_one(how, library):
+    def total(x):
+        return library.sum(x, 0, keepdim=True).expand_as(x)
+
+    def rows(x):
+        places = INDEX[:len(x)]
+        return library.index_add(torch.zeros(3, x.shape[1]), 0, places, x).index_select(0, places)
+
+    rows_of = {0: 2.0, 1: 2.0, 2: 1.0}
+    for f, expected in ((total, torch.full((5, 3), 3.0 if "vmap" in how else 5.0)),
+                        (rows, torch.tensor([[rows_of[int(i)]] * 3 for i in INDEX]))):
+        if f is rows and "vmap" in how:
+            expected = torch.tensor([2.0, 1.0, 2.0]).expand(5, 3)   # of a sample's rows 0, 1, 0
+        x = torch.randn(5, 3, requires_grad=True)
+        (OBSERVED[how](f)(x) + x).sum().backward()   # + x, so that a gradient that is lost is not the only one
+        assert torch.equal(x.grad, expected + 1), f.__name__
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(
     shutil.which("g++") is None, reason="inductor needs a C++ compiler"))])
 def test_compiles_without_graph_breaks(device, backend):
@@ -330,7 +372,7 @@ def test_compiles_once_for_all_steps():
     (dict(order="random"), ValueError, "order.*'random'"), (dict(order="native"), ValueError, "order.*'native'"),
     (dict(scope="layer"), ValueError, "scope.*'layer'"), (dict(splits=0), ValueError, "splits.*0"),
     (dict(splits=-3), ValueError, "splits.*-3"), (dict(order="shuffled", splits=1 << 19), ValueError, "splits.*524288"),
-    (dict(step=1 << 32, order="shuffled"), ValueError, "step.*4294967296"), (dict(step=1.5), TypeError, "float"),
+    (dict(step=1 << 32, order="shuffled"), ValueError, "step.*4294967296"), (dict(step=-1), ValueError, "step.*-1"), (dict(step=1.5), TypeError, "float"),
     (dict(op=-1), ValueError, "op.*-1"), (dict(seed=1 << 64), ValueError, "seed.*18446744073709551616"),
     (dict(dim=2), IndexError, "dim=2"), (dict(dim=-3), IndexError, "dim=-3"), (dict(dim=(0, 0)), RuntimeError, "dim=0"),
     (dict(x=[1.0, 2.0]), TypeError, "'x'.*list"), (dict(x=torch.ones(3, dtype=torch.int64)), NotImplementedError, "int64"),

@@ -2,7 +2,7 @@
 
 The checks compare bits, of the outputs (pass "forward") and of every gradient (pass "gradient of NAME"):
 
-  repeats         the same input gives the same bits, run after run, with PyTorch's generators seeded before each.
+  repeats         the same input gives the same bits in three runs, with PyTorch's generators seeded before each.
   equal channels  inputs, weights and output gradients whose channels are copies give results whose channels are copies.
   batch           the first samples of a batch get the same bits when the others are left out.
   threads         one thread and two give the same bits (asked of the CPU alone).
@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 CHECKS = ("repeats", "equal channels", "batch", "threads")
-REPEATS = 3   # runs of the same input
+REPEATS = 3   # runs of the same input, unless told otherwise
 TRANSFORMERS = (nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
@@ -49,7 +49,7 @@ class Case:
     """One operation on one set of tensors. `channels` and `batch` are asked with the name of a tensor, "output" for the
     results, and with the tensor itself or its gradient."""
     name: str                # what a failure is called by
-    function: Callable       # of the tensors, by keyword; returns tensors in any nest
+    function: Callable       # (then, **tensors) -> then(its results, tensors in any nest)
     tensors: dict            # {name: tensor}; those that require a gradient get one
     channels: Callable       # (name, tensor) -> the dimensions along which equal channels must agree
     batch: Callable          # (name, tensor) -> the dimension of the samples, or None
@@ -69,8 +69,8 @@ def difference(a, b):
     """The largest difference, relative to the largest entry of a; NaN where the shapes differ."""
     if a.shape != b.shape:
         return math.nan
-    a, b = a.detach().cdouble(), b.detach().cdouble()   # complex ones, too
-    return ((a - b).abs().max() / a.abs().max().clamp_min(1e-300)).item()
+    a, b = (t.detach() if t.is_complex() or t.dtype == torch.float64 else t.detach().float() for t in (a, b))
+    return ((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(a.dtype).tiny)).item()
 
 
 def rounding(t):
@@ -112,32 +112,34 @@ def _dense(t):
     return t.detach().clone() if t.layout == torch.strided else t.detach().to_dense()
 
 
-def _run(case, tensors, gradients=None, seed=0):
+def _run(case, tensors, given=None, seed=0):
     """({pass: [tensors]}, the gradients given to the outputs: drawn where none are given). Gradients that do not fit
     the outputs are given to none."""
     leaves = {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in tensors.items()}
-    with seeded(seed), torch.enable_grad():
-        result = case.function(**{name: t.clone() for name, t in leaves.items()})   # clones: it may write to them
+
+    def differentiate(result):   # while a module has these tensors: a checkpoint runs parts of it once more
         outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         passes = {"forward": [_dense(t) for t in outputs]}
-        if gradients is None:
-            gradients = [torch.randn_like(t) if t.requires_grad else None for t in outputs]
-        if [g is not None and g.shape for g in gradients] != [t.requires_grad and t.shape for t in outputs]:
-            return passes, gradients
-        heads = [(t, g) for t, g in zip(outputs, gradients, strict=True) if t.requires_grad]
+        drawn = [torch.randn_like(t) if t.requires_grad else None for t in outputs] if given is None else given
+        if [g is not None and g.shape for g in drawn] != [t.requires_grad and t.shape for t in outputs]:
+            return passes, drawn
+        heads = [(t, g) for t, g in zip(outputs, drawn, strict=True) if t.requires_grad]
         wanted = [name for name, t in leaves.items() if t.requires_grad]
         if heads and wanted:
             got = torch.autograd.grad([t for t, _ in heads], [leaves[name] for name in wanted], [g for _, g in heads],
                                       allow_unused=True)
             passes |= {f"gradient of {name}": [_dense(g)] for name, g in zip(wanted, got, strict=True) if g is not None}
-    return passes, gradients
+        return passes, drawn
+
+    with seeded(seed), torch.enable_grad():
+        return case.function(differentiate, **{name: t.clone() for name, t in leaves.items()})   # it may write to them
 
 
-def check(case, seed=0):
+def check(case, seed=0, repeats=REPEATS):
     """{pass: {check: None where it holds, else the case and the difference}}; checks that do not apply are left out."""
     first, gradients = _run(case, case.tensors, seed=seed)
     found = {p: {} for p in first}
-    device = next(iter(case.tensors.values())).device
+    device = next((t.device for t in (*case.tensors.values(), *first["forward"])), torch.device("cpu"))
 
     def run(tensors=case.tensors, gradients=gradients):
         return _run(case, tensors, gradients, seed)[0]
@@ -158,7 +160,7 @@ def check(case, seed=0):
     def named(p):
         return "output" if p == "forward" else p.removeprefix("gradient of ")
 
-    for _ in range(REPEATS - 1):
+    for _ in range(repeats - 1):
         compare("repeats", run())
     if any(checks.get("repeats") for checks in found.values()):
         return found     # every other comparison would find the same
@@ -174,7 +176,7 @@ def check(case, seed=0):
         for t in equal.get(p, ()):
             for dim in case.channels(named(p), t):
                 copies, lenient = first_channel(t, dim), mixed or named(p) in case.lenient
-                if t.shape[dim] > 1 and not (lenient and difference(t, copies) > rounding(t)):
+                if t.shape[dim] > 1 and (same_bits(t, copies) or not lenient or difference(t, copies) <= rounding(t)):
                     note("equal channels", p, t, copies)
 
     batched = {name: case.batch(name, t) for name, t in case.tensors.items()}
@@ -210,11 +212,11 @@ def check(case, seed=0):
     return found
 
 
-def rows(operation, device, cases, seed=0, one=False):
+def rows(operation, device, cases, seed=0, repeats=REPEATS, one=False):
     """The rows of a Report for one operation, from all its cases; with `one`, all gradients share a row. An operation
     that raises something gives one row of "-"."""
     try:
-        found = [check(case, seed) for case in cases]
+        found = [check(case, seed, repeats) for case in cases]
     except Exception as error:   # a module run alone may raise anything, and the others are still to be checked
         said = traceback.format_exception_only(error)[0].splitlines()[0]
         return [{"operation": operation, "pass": "forward", "device": device, **dict.fromkeys(CHECKS, "-"),
@@ -231,12 +233,48 @@ def rows(operation, device, cases, seed=0, one=False):
     return list(result.values())
 
 
-def _module_cases(module, args, kwargs, container, weight):
-    """The Case of a module on this input. A generator, so that `rows` reports what even this raises."""
+class _Then(nn.Module):
+    """(then, ...) -> then(module(...)), both with the tensors that torch.func.functional_call puts into the module."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, then, /, *args, **kwargs):
+        return then(self.module(*args, **kwargs))
+
+
+def _copied(module):
+    """A copy, with what the module has kept from its calls but without that one's history; itself, where it holds what
+    cannot be copied, such as a lock."""
+    kept = [v for m in module.modules() for v in tree_leaves(vars(m)) if isinstance(v, torch.Tensor) and v.grad_fn]
+    try:
+        return copy.deepcopy(module, {id(v): v.detach().clone() for v in kept})
+    except Exception:   # whatever its parts raise
+        return module
+
+
+def each_once(change, nest):
+    """The nest with change(t) for every tensor t; one that stands at several places in it still does."""
+    return tree_map_only(torch.Tensor, functools.cache(change), nest)
+
+
+def _module_cases(module, args, kwargs, container, weight, gradients):
+    """The Case of a module on this input, of which all that can have one get a gradient, or those that had in its call.
+    A generator, so that `rows` reports what even this raises."""
     flat, spec = tree_flatten((args, kwargs))
-    places = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
+    places = {}   # {tensor: where it stands in flat}
+    for i, value in enumerate(flat):
+        if isinstance(value, torch.Tensor):
+            places.setdefault(value, []).append(i)
+    module = _copied(module)
     held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    inputs = {f"input {n}" if n or "input" in held else "input": flat[i] for n, i in enumerate(places)}
+
+    def read(t):
+        able = t.is_floating_point() and t.layout == torch.strided
+        return t.detach().requires_grad_(able if gradients else t.requires_grad)
+
+    inputs = {f"input {n}" if n or "input" in held else "input": read(t) for n, t in enumerate(places)}
     some = next(iter(inputs.values()), None)
 
     def axes(name, t):   # of a parameter: all hold channels, but for the pixels of a convolution's weight
@@ -252,12 +290,14 @@ def _module_cases(module, args, kwargs, container, weight):
     coupled = weight or any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules())
     size = some.shape[sample] if some is not None and some.ndim > sample and not coupled else None
 
-    def function(**tensors):
+    def function(then, /, **tensors):
         values = list(flat)
-        for name, i in zip(inputs, places, strict=True):
-            values[i] = tensors[name]
+        for name, at in zip(inputs, places.values(), strict=True):
+            for i in at:
+                values[i] = tensors[name]
         args, kwargs = tree_unflatten(values, spec)
-        return torch.func.functional_call(module, {name: tensors[name] for name in held}, args, kwargs)
+        return torch.func.functional_call(_Then(module), {f"module.{name}": tensors[name] for name in held},
+                                          (then, *args), kwargs)
 
     def channels(name, t):
         if name in held:
@@ -271,32 +311,32 @@ def _module_cases(module, args, kwargs, container, weight):
 
     if some is not None and some.shape.count(size) > 1 and sum(batch(*item) is not None for item in inputs.items()) > 1:
         size = None   # (T, T) masks of T samples: which inputs hold samples cannot be told
-    for t in inputs.values():
-        t.requires_grad_(t.is_floating_point() and t.layout == torch.strided)
     mixes = container or isinstance(module, nn.MultiheadAttention) or getattr(module, "bidirectional", False)
-    if inputs or held:
-        yield Case("", function, {**inputs, **held}, channels, batch,
-                   (*held, *inputs, "output") if mixes else tuple(held))
+    yield Case("", function, {**inputs, **held}, channels, batch, (*held, *inputs, "output") if mixes else tuple(held))
 
 
-def audit(model, input, *, device=None, seed=0):
+def audit(model, input, *, device=None, seed=0, repeats=REPEATS):
     """Checks every module of a model, forward and backward, in the mode (training or not) that it is in.
 
     The model runs once; then every leaf module is run alone on the input it got in its first call, with random
     gradients for its outputs, and put to the checks that are named at the top of this file. A row for the whole model
     follows. Other modules get rows where they fail a check that nothing inside them fails: the culprit is then in the
-    code of their forward. It takes about seven runs of every module, and a copy of what each of them reads.
+    code of their forward. It takes about seven runs of every module, also of those made of others (a module within ten
+    others runs some seventy times), and copies of it and of what it reads.
 
     Args:
-      model: nn.Module. It is left as it was: parameters (but for lazy ones, which get their shapes), buffers and
-        PyTorch's generators do not change.
+      model: nn.Module. It is left as it was, since a copy is run (the model itself only where Python cannot copy it,
+        with other parameters and buffers: what else it keeps from a call stays then).
       input: its input; a tuple for several positional arguments, a dict for keyword arguments. It is not written to.
         The first dimension is the samples (the second where a module has batch_first=False), the second the channels
         (the last for linear layers, layer norms, embeddings, attention, and three-dimensional tensors that are not a
         1-d convolution's).
-      device: "cpu", "cuda", ...: where a copy of the model is to be checked; None: where its input is.
+      device: "cpu", "cuda", ...: where the model is to be checked; None: where its input is.
       seed: of PyTorch's generators, set before each run: a module that then differs from run to run draws its noise
-        elsewhere, or from the order in which threads arrive.
+        elsewhere, or from the order in which threads arrive, or it keeps something from call to call other than in a
+        buffer (a counter, a hidden state), which need not keep a training run from repeating.
+      repeats: how often each module runs for the first check. "yes" says that so many runs had the same bits: what
+        happens in one run of a hundred, as a race may, wants more.
 
     Returns a Report; print it. Channels may differ by design: in parameter gradients (the rows of an embedding, the
     gates of an LSTM), in modules made of others, in attention, in bidirectional layers, and where an output has no
@@ -306,15 +346,19 @@ def audit(model, input, *, device=None, seed=0):
     Besides, "-" stands where a module run alone raises something (the row names it), where its outputs are no tensors
     that PyTorch's pytrees see, where equal channels or fewer samples take another branch, and under "batch" where one
     of several inputs may hold samples or not, another dimension being as long as the batch: (T, T) masks of T samples.
+    Scripted modules have no rows; the modules that they are part of have.
 
-    Raises what the model raises, TypeError where model is no module, and ValueError where there is no tensor at all.
+    Raises what the model raises, TypeError where model is no module, and ValueError where there is no tensor at all or
+    repeats is less than 2.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"audit(): argument 'model' must be Module, not {type(model).__name__}")
+    if repeats < 2:
+        raise ValueError(f"repeats must be at least 2; got {repeats}")
     args, kwargs = ((), input) if isinstance(input, dict) else (input if type(input) is tuple else (input,), {})
+    model = _copied(model) if device is None else copy.deepcopy(model).to(device)
     if device is not None:
-        model = copy.deepcopy(model).to(device)
-        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
+        args, kwargs = each_once(lambda t: t.to(device), (args, kwargs))
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if not any(isinstance(t, torch.Tensor) for t in (*state.values(), *tree_leaves((args, kwargs)))):
         raise ValueError(f"input must hold a tensor where the model has none; got {input!r}")
@@ -323,15 +367,20 @@ def audit(model, input, *, device=None, seed=0):
     def fresh(t):   # written to, it leaves t as it is; and so does a backward pass within the model
         return t.detach().requires_grad_(t.requires_grad).clone()
 
-    def remember(name, module, args, kwargs):
-        calls.setdefault(name, tree_map_only(torch.Tensor, lambda t: t.detach().clone(), (args, kwargs)))
+    def given(t):
+        return t.detach().clone().requires_grad_(t.requires_grad)
 
-    modules = dict(model.named_modules())
-    hooks = [module.register_forward_pre_hook(functools.partial(remember, name), with_kwargs=True)
-             for name, module in modules.items()]
+    def remember(name, module, args, kwargs):
+        if name not in calls:
+            calls[name] = each_once(given, (args, kwargs))
+
+    modules, hooks = dict(model.named_modules()), []
     try:
+        for name, module in modules.items():
+            if not isinstance(module, torch.jit.ScriptModule):   # it takes no such hooks
+                hooks.append(module.register_forward_pre_hook(functools.partial(remember, name), with_kwargs=True))
         with seeded(seed), torch.enable_grad():   # for models that differentiate in their forward
-            args, kwargs = tree_map_only(torch.Tensor, fresh, (args, kwargs))
+            args, kwargs = each_once(fresh, (args, kwargs))
             state = {name: fresh(t) for name, t in state.items() if not is_lazy(t)}
             torch.func.functional_call(model, state, args, kwargs)
     finally:
@@ -344,8 +393,12 @@ def audit(model, input, *, device=None, seed=0):
         module, weight = modules[name], "parametrizations" in name.split(".")   # it reads a weight: no samples
         tensors = (*tree_leaves(calls[name]), *module.parameters(), *module.buffers())
         device = next((str(t.device) for t in tensors if isinstance(t, torch.Tensor)), "-")
-        found[name] = rows(f"{name or 'the whole model'} ({type(module).__name__})", device,
-                           _module_cases(module, *calls[name], bool(inside), weight), seed, one=bool(inside))
+        for gradients in (True, False):   # an input that wants a gradient cannot become a NumPy array
+            cases = _module_cases(module, *calls[name], bool(inside), weight, gradients)
+            found[name] = rows(f"{name or 'the whole model'} ({type(module).__name__})", device, cases, seed, repeats,
+                               one=bool(inside))
+            if "error" not in found[name][0]["failures"]:
+                break
         blamed = {check for row in inside for check in row["failures"]}
         if name and inside and all(row["failures"].keys() <= blamed for row in found[name]):
             found[name] = []

@@ -130,28 +130,26 @@ def _(grad, x, weight, conv, of_x, *_):
     return grad_x if of_x else x.new_empty(0), weight.new_empty(weight.shape)
 
 
-class _WeightPartials(torch.autograd.Function):
-    """conv2d_weight_partials for a double backward: they are linear in grad and in x."""
+def _keep_for_partials(ctx, inputs, output):
+    grad, x, _, *ctx.conv, _ = inputs
+    ctx.save_for_backward(grad, x)
 
-    @staticmethod
-    def forward(ctx, grad, x, weight, *conv_splits):
-        ctx.save_for_backward(grad, x)
-        ctx.conv = conv_splits[:-1]
-        return _cpu_weight_partials(grad, x, weight, *conv_splits)
 
-    @staticmethod
-    def backward(ctx, partials):
-        groups = [(*group, partial) for *group, partial in
-                  zip(*(t.tensor_split(len(partials)) for t in ctx.saved_tensors), partials, strict=True)]
-        return (torch.cat([F.conv2d(x, partial, None, *ctx.conv) for _, x, partial in groups]),
-                torch.cat([_convolution_gradient(*group, ctx.conv, 0) for group in groups]), *[None] * 6)
+def _backward_of_partials(ctx, partials):   # for a double backward: they are linear in grad and in x
+    groups = [(*group, partial) for *group, partial in
+              zip(*(t.tensor_split(len(partials)) for t in ctx.saved_tensors), partials, strict=True)]
+    return (torch.cat([F.conv2d(x, partial, None, *ctx.conv) for _, x, partial in groups]),
+            torch.cat([_convolution_gradient(*group, ctx.conv, 0) for group in groups]), *[None] * 6)
+
+
+torch.library.register_autograd("ordered_reduce::conv2d_weight_partials", _backward_of_partials,
+                                setup_context=_keep_for_partials)
 
 
 def _conv2d_weight_partials(grad, x, weight, conv, splits):
     """The weight gradients of G consecutive groups of samples: a tensor (G, *weight.shape) or a list of tensors."""
     if not x.is_cuda and x.shape[0]:
-        compute = _WeightPartials.apply if torch.is_grad_enabled() else _cpu_weight_partials
-        return compute(grad, x, weight, *conv, splits)
+        return _cpu_weight_partials(grad, x, weight, *conv, splits)
     (stride, padding, _, groups), shape = conv, weight.shape
     if shape[2:] == (1, 1) and padding == [0, 0] and groups == 1:   # a matrix product: every pixel is a row
         x = x[:, :, ::stride[0], ::stride[1]]
@@ -285,9 +283,9 @@ def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, o
     float64 weight, as `noisy` makes it for stochastic rounding, is used in the dtype of x.)
     """
     check_order(order, splits, seed, op, scope, LAYER_ORDERS)
-    _need_real("conv2d", weight)
     if order == "native" or weight.numel() == 0 or x.ndim not in (3, 4):   # nothing to add, or PyTorch's error
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    _need_real("conv2d", weight)
     if isinstance(padding, str):
         if padding not in ("same", "valid") or weight.ndim != 4 or (padding == "same" and _pair(stride) != [1, 1]):
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)   # PyTorch's error
@@ -311,9 +309,9 @@ def linear(x, weight, bias=None, *, order="fixed", splits=8, seed=0, step=0, op=
     NotImplementedError. (A float64 weight: see `conv2d`.)
     """
     check_order(order, splits, seed, op, scope, LAYER_ORDERS)
-    _need_real("linear", weight)
     if order == "native" or weight.numel() == 0 or weight.ndim != 2 or x.ndim == 0:   # nothing to add, or not a layer's
         return F.linear(x, weight, bias)
+    _need_real("linear", weight)
     if bias is not None and bias.shape != weight.shape[:1]:   # PyTorch broadcasts it
         return linear(x, weight, order=order, splits=splits, seed=seed, step=step, op=op, scope=scope) + bias
     x, bias, used = _autocast(x, weight, bias)
@@ -391,8 +389,9 @@ def _convertible(module):
     """The class that `convert` gives the module, or None."""
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
         return None
-    return {nn.Conv2d: Conv2d, Conv2d: Conv2d, nn.Linear: Linear, Linear: Linear, nn.Embedding: Embedding,
-            Embedding: Embedding}.get(type(module))
+    if isinstance(module, (Conv2d, Linear, Embedding)):   # whatever subclass a parametrization has made of it since
+        return type(module)
+    return {nn.Conv2d: Conv2d, nn.Linear: Linear, nn.Embedding: Embedding}.get(type(module))
 
 
 class Policy:
@@ -465,9 +464,13 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     Parameters, names, hooks and state_dict stay as they are. A layer that is converted already follows the new policy.
     A layer that is called several times in a step draws the same order every time. The partial gradients are PyTorch's,
     on a GPU by those of cuDNN's kernels that repeat (in compiled code only under
-    torch.use_deterministic_algorithms(True), which the other operations of a GPU need in any case). torch.compile and
-    torch.export take a converted model; torch.func's transforms and the saving of torch.jit.trace do in order "native"
-    alone; torch.fx and torch.jit.script do not.
+    torch.use_deterministic_algorithms(True), which the other operations of a GPU need in any case). torch.compile takes
+    a converted model, torch.export for its outputs alone: the gradients of an exported program are PyTorch's own.
+    torch.func's transforms, tensor parallelism and the saving of torch.jit.trace take one in order "native" alone;
+    torch.fx and torch.jit.script do not.
+
+    In backward the `splits` partial gradients of a layer are in memory together, each as large as the weight: of a
+    layer of many weights and a batch of few samples that, not arithmetic, is what takes the time.
 
     Args:
       model: any nn.Module. Subclasses of these layers, parametrized layers among them, are left alone, for they may

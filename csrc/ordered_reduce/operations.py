@@ -121,6 +121,10 @@ def cases(name, device, seed=0):
     """The Cases of one operation of the list: every number of channels, four-dimensional tensors in both layouts."""
     function, output, tensors = OPERATIONS[name]
     shapes = {"output": output, **tensors}
+
+    def call(then, /, **tensors):
+        return then(function(**tensors))
+
     images = any(shape.startswith(("n c", "b c")) and len(shape.split()) == 4 for shape in tensors.values())
     for channels in CHANNELS if any("c" in shape for shape in shapes.values()) else (None,):
         for layout in (torch.contiguous_format, torch.channels_last) if images else (torch.contiguous_format,):
@@ -131,7 +135,7 @@ def cases(name, device, seed=0):
                 t = t.contiguous(memory_format=layout) if t.ndim == 4 else t
                 drawn[tensor] = t.requires_grad_(t.is_floating_point())
             label = [f"{channels} channels"] * bool(channels) + ["channels-last"] * (layout is torch.channels_last)
-            yield Case(", ".join(label) or "as is", function, drawn,
+            yield Case(", ".join(label) or "as is", call, drawn,
                        lambda name, t: [d for d, size in enumerate(shapes[name].split()) if size == "c"],
                        lambda name, t: 0 if shapes[name].startswith("n") else None)
 

@@ -160,11 +160,11 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
     dims = -1 if dim is None else _mask(dim, x.ndim)
     if order == "arrival":
         return arrival(x, dims, keepdim, splits, step, op)
-    call = _sum if x.requires_grad and torch.is_grad_enabled() else _sum_forward
+    call = _sum if (x.requires_grad and torch.is_grad_enabled()) or _observed(x) else _sum_forward
     if forward_ad._current_level >= 0:
         key = order_arguments(x, order, splits, seed, step, op, scope)
         return _with_tangents(lambda x: _sum(x, dims, keepdim, *key), x)
-    if order == "fixed" and type(step) is int:   # the most frequent case; of a small sum, each call here is a percent
+    if order == "fixed" and type(step) is int and 0 <= step < 1 << 32:   # most often; each call here is a percent
         return call(x, dims, keepdim, splits)
     return call(x, dims, keepdim, *order_arguments(x, order, splits, seed, step, op, scope))
 
@@ -186,6 +186,16 @@ def _with_tangents(f, *tensors):
 # One kernel under two names: PyTorch enters Python for an operator that has a derivative, which takes longer than a
 # small sum does.
 _sum, _sum_forward = torch.ops.ordered_reduce.sum.default, torch.ops.ordered_reduce.sum_forward.default
+
+
+def _observed(*tensors):
+    """Whether a transform of torch.func, a batched backward pass, a tracer or an exporter looks on. There a tensor need
+    not say that it wants a gradient: only the operator with a derivative is right."""
+    transformed = torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling():   # an export, too
+        return transformed or torch.compiler.is_exporting()
+    return (transformed or torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+            or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors)))
 
 
 def _shape(x, dims, keepdim=True):
@@ -261,7 +271,7 @@ def index_add(input, dim, index, source, *, order="fixed", splits=8, seed=0, ste
             and segments[rows].item() != len(index)):
         _check_range(index, dim, rows)
     differentiated = torch.is_grad_enabled() and (input.requires_grad or source.requires_grad)
-    call = _index_add if differentiated else _index_add_forward
+    call = _index_add if differentiated or _observed(input, source) else _index_add_forward
     x, terms = (input, source) if dim == 0 else (input.movedim(dim, 0), source.movedim(dim, 0))
     key = order_arguments(input, order, splits, seed, step, op, scope, "input")
     try:

@@ -6,13 +6,13 @@ import functools
 import glob
 import hashlib
 import warnings
+import weakref
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map_only
 
-from .checks import bits, channel_dims, difference, first_channel, rounding, same_bits, seeded
+from .checks import bits, channel_dims, difference, each_once, first_channel, rounding, same_bits, seeded
 from .layers import Policy, _convertible, convert
 
 
@@ -38,48 +38,60 @@ def _watching(model, see):
 
     def watch(name, module):
         def before(module, args, kwargs):
-            return tree_map_only(torch.Tensor, lambda t: look(name, module, "input", "in", t), (args, kwargs))
+            return each_once(functools.partial(look, name, module, "input", "in"), (args, kwargs))
 
         def after(module, args, output):
-            return tree_map_only(torch.Tensor, lambda t: look(name, module, "output", "out", t), output)
+            return each_once(functools.partial(look, name, module, "output", "out"), output)
 
         hooks.extend([module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)])
-
-    for name, module in model.named_modules():
-        if not list(module.children()) or isinstance(module, nn.MultiheadAttention):
-            watch(name, module)
 
     def accumulated(module, what, p):
         if p.grad is not None:   # a hook of the user's may have used it up
             see(module, f"gradient of {what}", p.grad, _sides(p))
 
-    for name, p in model.named_parameters():
-        if p.requires_grad and not is_lazy(p):
-            module, _, what = name.rpartition(".")
-            hooks.append(p.register_post_accumulate_grad_hook(functools.partial(accumulated, module, what)))
     try:
+        for name, module in model.named_modules():
+            leaf = not list(module.children()) or isinstance(module, nn.MultiheadAttention)
+            if leaf and not isinstance(module, torch.jit.ScriptModule):   # which takes no such hooks
+                watch(name, module)
+        for name, p in model.named_parameters():
+            if p.requires_grad and not is_lazy(p):
+                module, _, what = name.rpartition(".")
+                hooks.append(p.register_post_accumulate_grad_hook(functools.partial(accumulated, module, what)))
         yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
+def _made(make):
+    """make()'s model and step, checked."""
+    made = make()
+    pair = isinstance(made, (tuple, list)) and len(made) == 2
+    if not (pair and isinstance(made[0], nn.Module) and callable(made[1])):
+        raise ValueError(f"make must return a Module and a function of the step's number; got {made!r:.100}")
+    return made
+
+
 def _train(make, steps, see, seed):
-    """A run of make()'s; see(step, module, pass, tensor, sides) is told of everything, first of the initial weights."""
+    """A run of make()'s; see(step, module, pass, tensor, sides) is told of everything, first of the initial weights.
+    Returns a weak reference to the model."""
     with seeded(seed):
-        model, step = make()
+        model, step = _made(make)
         now = 0
 
         def weights(what):
-            for name, p in model.named_parameters():
-                if not is_lazy(p):   # until its first input gives it a shape
-                    see(now, name.rpartition(".")[0], what + name.rpartition(".")[2], p, _sides(p))
+            for name, t in (*model.named_parameters(), *model.named_buffers()):
+                if not is_lazy(t):   # until its first input gives it a shape
+                    sides = _sides(t) if isinstance(t, nn.Parameter) else {}
+                    see(now, name.rpartition(".")[0], what + name.rpartition(".")[2], t, sides)
 
         weights("initial ")
         with _watching(model, lambda *event: see(now, *event)):
             for now in range(steps):
                 step(now)
                 weights("")
+    return weakref.ref(model)
 
 
 def _narrowest(n, suffices):
@@ -100,7 +112,7 @@ def _smallest_window(make, steps, order, splits, seed, spread):
     def run(layers, window):
         """The parameters after a run with `order` in the given layers and steps, fixed elsewhere."""
         with seeded(seed):
-            model, step = make()
+            model, step = _made(make)
             convert(model)
             policy = convert(model, order, splits, seed, layers=[glob.escape(name) for name in layers], steps=window)
             for number in range(steps):
@@ -135,12 +147,13 @@ def audit_training(make, steps, *, order="shuffled", splits=8, seed=0, spread=0.
     """Looks for the first places where a training run does not repeat and where equal channels come apart.
 
     The run is made twice and watched: what every leaf module reads and writes, the gradients of both, the gradients of
-    the parameters and the parameters after every step, in the order of their computation. For the window it is made
-    about 2 log2(layers) + 2 log2(steps) times more, with all layers that `convert` knows converted.
+    the parameters and the parameters and buffers after every step, in the order of their computation. For the window it
+    is made about 2 log2(layers) + 2 log2(steps) times more, with all layers that `convert` knows converted.
 
     Not seen are tensors whose bytes PyTorch does not show (sparse ones, those within torch.func's transforms), the
-    gradients that a hook of yours has used up before, and those of lazy parameters; the parameters after each step are.
-    All runs are made in this process: what differs between processes only, as the order of a set of strings does unless
+    gradients that a hook of yours has used up before, those of lazy parameters, and what scripted modules read and
+    write; the parameters after each step are. What torch.compile would compile is run as it is written. All runs are
+    made in this process: what differs between processes only, as the order of a set of strings does unless
     PYTHONHASHSEED is set, goes unnoticed.
 
     Args:
@@ -153,8 +166,8 @@ def audit_training(make, steps, *, order="shuffled", splits=8, seed=0, spread=0.
 
     Returns a dict of three, each None where there is nothing to report:
       "repeats": {"step", "module", "pass"}, the first tensor that had other bits in the second run. An "initial ..."
-        pass is a parameter before training: its initialisation is not seeded; "input" of the first module: the batches
-        are not the same.
+        pass is a parameter or buffer before training: its initialisation is not seeded; "input" of the first module:
+        the batches are not the same.
       "apart": {"step", "module", "pass", "difference"}, the first tensor whose channels were copies and no longer are,
         and by how much, relative to its largest entry. "input" and "gradient of output" stand for what is computed
         between modules. Channels whose first difference exceeds the square root of the precision are taken to differ
@@ -170,8 +183,8 @@ def audit_training(make, steps, *, order="shuffled", splits=8, seed=0, spread=0.
 
     Raises ValueError for a wrong argument, and what make and step raise.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be an integer of at least 1; got {steps!r}")
     Policy(order, splits, seed)   # refuses wrong arguments before the work is done
     events, differ, equal_input = [], set(), {}
     repeats = apart = None
@@ -205,12 +218,15 @@ def audit_training(make, steps, *, order="shuffled", splits=8, seed=0, spread=0.
         if repeats is None and digest(step, module, what, t) != next(rest, None):
             repeats = {"step": step, "module": module, "pass": what}
 
-    _train(make, steps, first_run, seed)
-    rest = iter(events)
-    _train(make, steps, second_run, seed)
-    try:
-        window = _smallest_window(make, steps, order, splits, seed, spread)
-    except Exception as error:   # make and step ran twice without it: they cannot be run with layers converted
-        warnings.warn(f"no window was sought: the run with converted layers raises {error!r}", stacklevel=2)
-        window = None
+    with torch.compiler.set_stance("force_eager"):   # a compiler would compile the hooks into what it makes
+        first = _train(make, steps, first_run, seed)
+        rest = iter(events)
+        second = _train(make, steps, second_run, seed)
+        if first() is not None and first() is second():
+            raise ValueError("make must return a new model at every call; got the same one twice")
+        try:
+            window = _smallest_window(make, steps, order, splits, seed, spread)
+        except Exception as error:   # make and step ran twice without it: they cannot be run with layers converted
+            warnings.warn(f"no window was sought: the run with converted layers raises {error!r}", stacklevel=2)
+            window = None
     return {"repeats": repeats, "apart": apart, "window": window}
