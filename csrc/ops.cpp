@@ -72,26 +72,6 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 
-Reduction ordered(int64_t order, bool per_output, int64_t seed, const std::optional<Tensor>& step, int64_t op,
-                  const Tensor& x) {
-  STD_TORCH_CHECK(0 <= order && order <= 3, "unknown order: ", order);
-  Reduction r;
-  r.order = Order(order), r.per_output = per_output;
-  r.seed = uint64_t(seed), r.op = uint32_t(op);
-  r.step = 0, r.device_step = nullptr;
-  if (step) {
-    STD_TORCH_CHECK(step->numel() == 1 && step->scalar_type() == ScalarType::Long, "step must be one int64");
-    const int64_t* value = static_cast<const int64_t*>(step->const_data_ptr());
-    if (step->is_cpu()) {
-      r.step = uint32_t(*value);
-    } else {
-      STD_TORCH_CHECK(same_device(*step, x), "step must be on the CPU or on the device of x");
-      r.device_step = value;
-    }
-  }
-  return r;
-}
-
 using Launch = void (*)(const Reduction&, const Tensor&, Tensor&);
 
 // r says in which order; its shape is filled in here. Bit d of dims: dimension d is summed; -1 is all of them.
@@ -269,6 +249,26 @@ bool cuda_built() {
 
 }  // namespace
 
+Reduction ordered(int64_t order, bool per_output, int64_t seed, const std::optional<Tensor>& step, int64_t op,
+                  const Tensor& x) {
+  STD_TORCH_CHECK(0 <= order && order <= 3, "unknown order: ", order);
+  Reduction r;
+  r.order = Order(order), r.per_output = per_output;
+  r.seed = uint64_t(seed), r.op = uint32_t(op);
+  r.step = 0, r.device_step = nullptr;
+  if (step) {
+    STD_TORCH_CHECK(step->numel() == 1 && step->scalar_type() == ScalarType::Long, "step must be one int64");
+    const int64_t* value = static_cast<const int64_t*>(step->const_data_ptr());
+    if (step->is_cpu()) {
+      r.step = uint32_t(*value);
+    } else {
+      STD_TORCH_CHECK(same_device(*step, x), "step must be on the CPU or on the device of x");
+      r.device_step = value;
+    }
+  }
+  return r;
+}
+
 Tensor sum_on_cpu(const Tensor& x, int64_t dims, bool keepdim, int64_t splits, int64_t order, bool per_output,
                   int64_t seed, const std::optional<Tensor>& step, int64_t op) {
   return sum<sum_cpu>(x, dims, keepdim, splits, order, per_output, seed, step, op);
@@ -290,9 +290,11 @@ STABLE_TORCH_LIBRARY(ordered_reduce, m) {
   m.def("add_partials(Tensor[] partials, Tensor like, bool shuffled=False, bool per_output=True, int seed=0,"
         " Tensor? step=None, int op=0) -> Tensor");   // on CUDA alone
   m.def("conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation,"
-        " int groups, int splits) -> Tensor");   // conv.cpp; on the CPU alone
+        " int groups, int splits) -> Tensor");   // backward.cpp; on the CPU alone
   m.def("conv2d_backward(Tensor grad, Tensor x, Tensor weight, int[] conv, bool of_x, int splits, int order=0,"
         " bool per_output=True, int seed=0, Tensor? step=None, int op=0) -> (Tensor, Tensor)");   // so is this
+  m.def("linear_weight(Tensor grad, Tensor x, int splits, int order=0, bool per_output=True, int seed=0,"
+        " Tensor? step=None, int op=0) -> Tensor");   // and this
   m.def("cuda_built() -> bool");
 }
 

@@ -72,6 +72,10 @@ struct Apart {
 // or shuffled.
 void add_partials_cuda(const Reduction& r, const Apart& partials, ScalarType type, Tensor& out);
 
+// A Reduction without its shape, of these arguments of an operator; step is the CPU's or lies on the device of x.
+Reduction ordered(int64_t order, bool per_output, int64_t seed, const std::optional<Tensor>& step, int64_t op,
+                  const Tensor& x);
+
 // The operator `sum` of tensors on the CPU.
 Tensor sum_on_cpu(const Tensor& x, int64_t dims, bool keepdim, int64_t splits, int64_t order, bool per_output,
                   int64_t seed, const std::optional<Tensor>& step, int64_t op);

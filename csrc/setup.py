@@ -58,12 +58,12 @@ if cuda and (old := re.findall(r"\b[1-7]\.\d|Kepler|Maxwell|Pascal|Volta|Turing"
 # TORCH_TARGET_VERSION keeps to the stable ABI of PyTorch 2.11, whatever PyTorch this is built against. -g0 takes back
 # Python's own -g, which doubles the time.
 target = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-std=c++20", "-O3"]
-openmp = ["-fopenmp"] if sys.platform == "linux" else []   # conv.cpp; elsewhere its bits may depend on the threads
+openmp = ["-fopenmp"] if sys.platform == "linux" else []   # backward.cpp; elsewhere its bits may depend on the threads
 flags = {"cxx": [*target, "-g0", "-ffp-contract=off", *openmp, *(["-DUSE_CUDA", "-DORDERED_CUDA"] if cuda else [])],
          "nvcc": [*target, "-DUSE_CUDA", "-DORDERED_CUDA", "-fmad=false"]}
 extension = (CUDAExtension if cuda else CppExtension)(
     "ordered_reduce._C",
-    ["ops.cpp", "cpu.cpp", "exact.cpp", "conv.cpp", *(["cuda.cu", "segments.cu"] if cuda else [])],
+    ["ops.cpp", "cpu.cpp", "exact.cpp", "backward.cpp", *(["cuda.cu", "segments.cu"] if cuda else [])],
     depends=["order.h", "exact.h", "ops.h", "sort.h", "twice.h", "launch.h"],
     extra_compile_args=flags,
     extra_link_args=openmp,

@@ -95,6 +95,48 @@ def test_the_order_of_a_weight_gradient_is_the_definitions(device, layer, order)
     assert not torch.equal(expected, reference.ordered_sum(terms, 12, "shuffled", seed=9, step=2, op=3))
 
 
+def weight_gradient(x, weight, grad, **arguments):
+    return torch.autograd.grad(ordered_reduce.linear(x, weight, **arguments), weight, grad)[0]
+
+
+@pytest.mark.parametrize("order", ["fixed", "shuffled", "exact"])
+def test_a_large_linear_layer_row_by_row(order):
+    """Its partial gradients are never there together. As above; 1201 inputs and 37 outputs fill no block."""
+    torch.manual_seed(0)
+    x, weight, grad = (torch.randn(shape).bfloat16().float() for shape in ((12, 1201), (37, 1201), (12, 37)))
+    terms = (grad[:, :, None] * x[:, None]).flatten(1)
+    assert terms.numel() * 4 > ordered_reduce.layers.BLOCK
+    arguments = dict(splits=12, order=order, seed=1, step=2, op=3)
+    got = weight_gradient(x, weight.requires_grad_(), grad, **arguments)
+    assert torch.equal(got.flatten(), ordered_reduce.sum(terms, 0, **arguments))
+    assert order == "fixed" or not torch.equal(got.flatten(), ordered_reduce.sum(terms, 0, splits=12))
+
+
+@pytest.mark.parametrize("shape, out", [((64, 512), 1000), ((13, 3, 700), 210), ((5, 4096), 48)])
+def test_a_large_linear_layer_is_like_a_small_one(shape, out):
+    """Equal channels stay equal, threads do not matter, and all dtypes are PyTorch's."""
+    torch.manual_seed(0)
+    weight, found, threads = torch.randn(out, shape[-1], requires_grad=True), [], torch.get_num_threads()
+    x, grad = torch.randn(*shape[:-1], 1).expand(shape), torch.randn(*shape[:-1], 1).expand(*shape[:-1], out)
+    assert weight.numel() * 4 * min(8, len(x)) > ordered_reduce.layers.BLOCK
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            found.append(weight_gradient(x, weight, grad))
+            found.append(weight_gradient(x, weight, grad, order="shuffled", scope="tensor"))
+    finally:
+        torch.set_num_threads(threads)
+    for number in (0, 1):
+        assert torch.equal(found[number], found[number + 2])
+        assert torch.equal(found[number], found[number][:1, :1].expand_as(weight))
+    x, grad = torch.randn(shape, dtype=torch.float64), torch.randn(*shape[:-1], out, dtype=torch.float64)
+    expected = torch.einsum("ni,no->oi", x.flatten(0, -2), grad.flatten(0, -2))
+    for dtype, error in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 5e-3)):
+        leaf = weight.detach().to(dtype).requires_grad_()
+        got = weight_gradient(x.to(dtype), leaf, grad.to(dtype), order="shuffled")
+        assert got.dtype == dtype and (got - expected).abs().max() < error * expected.abs().max()
+
+
 @pytest.mark.parametrize("layer", ["conv", "linear"])
 def test_equal_channels_stay_equal_unless_every_weight_has_its_own_order(device, layer):
     """The heart of the matter. 16 equal channels in, 16 equal channels out: their gradients agree bit for bit."""
@@ -206,6 +248,10 @@ def test_backward_of_the_cpu():
             torch.library.opcheck(torch.ops.ordered_reduce.conv2d_backward.default, arguments)
     with pytest.raises(RuntimeError, match="conv2d_backward"):
         torch.ops.ordered_reduce.conv2d_backward(grad, x, weight, [1, 1], True, 8)
+    grad, x = torch.randn(4, 2, 5), torch.randn(4, 2, 7)
+    torch.library.opcheck(torch.ops.ordered_reduce.linear_weight.default, (grad, x, 3, 1, True, 5, torch.tensor(3), 2))
+    with pytest.raises(RuntimeError, match="linear_weight"):
+        torch.ops.ordered_reduce.linear_weight(grad, x[:3], 8)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

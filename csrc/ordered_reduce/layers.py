@@ -25,6 +25,7 @@ from .ops import ORDERS, SUM_ORDERS, arrival, check_order, check_tensor, index_a
 # rounded by PyTorch's kernels, so that unlike an exact sum of all samples the result is still a function of `splits`.
 LAYER_ORDERS = (*SUM_ORDERS, "native")
 MOST_APART = 64   # partial gradients that one kernel adds where they lie: Apart::kMost of ../ops.h
+BLOCK = 1 << 21   # bytes of a linear layer's partial gradients beyond which a CPU makes a few rows of them at a time
 # Asked once, since torch.compile of PyTorch 2.11 cannot trace the question.
 _WITH_AUTOCAST = [device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)]
 _convolution_backward = torch.ops.aten.convolution_backward.default
@@ -128,6 +129,11 @@ def _(grad, x, weight, stride, padding, dilation, groups, splits):
 def _(grad, x, weight, conv, of_x, *_):
     grad_x = _convolution_gradient(grad, x, weight, (conv[:2], conv[2:4], conv[4:6], conv[6]), 0)
     return grad_x if of_x else x.new_empty(0), weight.new_empty(weight.shape)
+
+
+@torch.library.register_fake("ordered_reduce::linear_weight")
+def _(grad, x, *_):
+    return x.new_empty(grad.shape[2], x.shape[2])
 
 
 def _keep_for_partials(ctx, inputs, output):
@@ -265,8 +271,15 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight.to(ctx.used)
         if ctx.needs_input_grad[1]:
-            like = weight if weight is not None else grad.new_empty(0, dtype=ctx.dtype)
-            grad_weight = _add_partials(_linear_weight_partials(grad, x, ctx.order[1]), len(x), like, *ctx.order)
+            size = grad.shape[-1] * x.shape[-1] * x.element_size() * min(ctx.order[1], len(x))
+            if (size > BLOCK and not x.is_cuda and x.numel() and grad.dtype == x.dtype == ctx.dtype
+                    and ctx.order[0] in ("fixed", "shuffled", "exact")
+                    and not torch.is_grad_enabled() and not torch.compiler.is_compiling()):
+                samples = [t.reshape(len(t), -1, t.shape[-1]) for t in (grad, x)]
+                grad_weight = torch.ops.ordered_reduce.linear_weight(*samples, *order_arguments(x, *ctx.order))
+            else:
+                like = weight if weight is not None else grad.new_empty(0, dtype=ctx.dtype)
+                grad_weight = _add_partials(_linear_weight_partials(grad, x, ctx.order[1]), len(x), like, *ctx.order)
         if ctx.needs_input_grad[2]:
             grad_bias = sum(grad, tuple(range(grad.ndim - 1))).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None

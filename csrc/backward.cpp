@@ -1,6 +1,5 @@
-// The partial weight gradients of a convolution on the CPU: PyTorch's own convolution or matrix product computes them, a
-// group of samples to a thread. With several threads to a group they would cut the gradient up by their number, and the
-// bits with it.
+// The partial weight gradients of a convolution or a large linear layer on the CPU: PyTorch's own convolution or matrix
+// product computes them, one thread each. Several threads would cut a gradient up by their number, and the bits with it.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
@@ -16,6 +15,7 @@
 #include <cstring>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "ops.h"
@@ -44,15 +44,22 @@ bool reaches_pytorch() {
 #endif
 }
 
-// f(first, last) for the groups of samples, a thread each.
+// f(first, last) for all of 0 ... n - 1, each of which is done by a thread alone.
 template <class F>
-void for_groups(int64_t G, const F& f) {
-  if (!reaches_pytorch()) return f(0, G);
+void one_thread_each(int64_t n, const F& f) {
+  if (!reaches_pytorch()) return f(0, n);
   // In a parallel region oneDNN must not count on more threads than the one it gets: it would leave work out.
-  torch::stable::parallel_for(0, G, 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t first, int64_t last) {
     const OneThread alone;
     f(first, last);
   });
+}
+
+// The numbers at data as a matrix of these strides, of the dtype of like.
+template <class T>
+Tensor view(T* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride, const Tensor& like) {
+  return torch::stable::from_blob(const_cast<std::remove_const_t<T>*>(data), {rows, columns},
+                                  {row_stride, column_stride}, like.device(), like.scalar_type());
 }
 
 // A convolution's numbers; of two, the first is that of the height.
@@ -98,9 +105,7 @@ void products(const Tensor& grad, const Tensor& x, const Shape& s, const Groups&
   }
   const auto [frame, seen, grads, product] = data;
   std::fill_n(frame, sizes[0], T(0));
-  const auto matrix = [&](T* data, int64_t rows, int64_t columns) {
-    return torch::stable::from_blob(data, {rows, columns}, {columns, 1}, grad.device(), grad.scalar_type());
-  };
+  const auto matrix = [&](T* data, int64_t rows, int64_t columns) { return view(data, rows, columns, columns, 1, grad); };
   for (int64_t g = first; g < last; ++g) {
     const auto [begin, size] = samples[g];
     T* to = seen;
@@ -189,7 +194,7 @@ Tensor conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, std::vector<
     Tensor partials = torch::stable::new_empty(weight, {G, s.out, s.in, s.kernel[0], s.kernel[1]});
     for_type(x.scalar_type(), [&](auto zero) {
       auto* to = static_cast<decltype(zero)*>(partials.mutable_data_ptr());
-      for_groups(G, [&](int64_t first, int64_t last) { products(grad, x, s, samples, first, last, to); });
+      one_thread_each(G, [&](int64_t first, int64_t last) { products(grad, x, s, samples, first, last, to); });
     });
     return partials;
   }
@@ -206,7 +211,7 @@ Tensor conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, std::vector<
   }
   Tensor partials = torch::stable::new_empty(
       weight, {G, weight.size(0), weight.size(1), weight.size(2), weight.size(3)});
-  for_groups(G, [&](int64_t first, int64_t last) {
+  one_thread_each(G, [&](int64_t first, int64_t last) {
     convolutions(grads, inputs, weight, s, first, last, partials);
   });
   if (groups > 1) return partials;
@@ -228,10 +233,59 @@ std::tuple<Tensor, Tensor> conv2d_backward(Tensor grad, Tensor x, Tensor weight,
   return {grad_x, sum_on_cpu(partials, 1, false, splits, order, per_output, seed, step, op)};
 }
 
+// The sum of the partial weight gradients of a linear layer: grad is (batch, rows, out), x (batch, rows, in), neither
+// empty. A few rows of the weight at a time: all partial gradients of a large one together would be read from memory.
+Tensor linear_weight(Tensor grad, Tensor x, int64_t splits, int64_t order, bool per_output, int64_t seed,
+                     std::optional<Tensor> step, int64_t op) {
+  STD_TORCH_CHECK(grad.dim() == 3 && x.dim() == 3 && grad.size(0) == x.size(0) && grad.size(1) == x.size(1) &&
+                      grad.numel() > 0 && x.numel() > 0 && splits >= 1 && grad.scalar_type() == x.scalar_type(),
+                  "linear_weight: shapes, dtypes or splits do not match");
+  constexpr int64_t kBytes = 1 << 21, kRows = 16;   // of the partial gradients of a block; of its height a divisor
+  const int64_t rows = x.size(1), out = grad.size(2), in = x.size(2), high = padded(out), wide = padded(in);
+  const Groups samples(x.size(0), std::min(splits, x.size(0)));
+  Reduction r = ordered(order, per_output, seed, step, op, x);
+  r.terms = r.groups = std::min(splits, x.size(0));
+  const int64_t fit = kBytes / int64_t(r.groups * wide * x.element_size()) / kRows * kRows;
+  const int64_t height = std::clamp(fit, kRows, high);
+  r.inner = in, r.outer_stride = wide, r.inner_stride = 1, r.term_stride = height * wide;
+  if (high > out) grad = torch::stable::pad(grad, {0, high - out});
+  if (wide > in) x = torch::stable::pad(x, {0, wide - in});
+  grad = torch::stable::contiguous(grad), x = torch::stable::contiguous(x);
+  Tensor result = torch::stable::new_empty(x, {out, in});
+  for_type(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* const grads = static_cast<const T*>(grad.const_data_ptr());
+    const T* const inputs = static_cast<const T*>(x.const_data_ptr());
+    T* const to = static_cast<T*>(result.mutable_data_ptr());
+    one_thread_each((out + height - 1) / height, [&](int64_t first, int64_t last) {
+      Tensor memory = torch::stable::new_empty(x, {r.groups * height * wide});
+      T* const partials = static_cast<T*>(memory.mutable_data_ptr());
+      for (int64_t block = first; block < last; ++block) {
+        // All blocks are of one height, since the library may add up in another order in one of another: the last
+        // begins among the rows of the one before.
+        const int64_t row = block * height, begin = std::min(row, high - height);
+        for (int64_t g = 0; g < r.groups; ++g) {
+          const int64_t from = samples[g].begin * rows, terms = samples[g].size * rows;
+          TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(
+              view(partials + g * height * wide, height, wide, wide, 1, x).get(),
+              view(grads + from * high + begin, height, terms, 1, high, x).get(),
+              view(inputs + from * wide, terms, wide, wide, 1, x).get()));
+        }
+        Reduction part = r;
+        part.outer = std::min(out - row, height), part.first = uint64_t(row * in);
+        Tensor sum = view(to + row * in, part.outer, in, in, 1, x);
+        sum_cpu(part, view(partials + (row - begin) * wide, 1, 1, 1, 1, x), sum);
+      }
+    });
+  });
+  return result;
+}
+
 }  // namespace
 }  // namespace ordered
 
 STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CPU, m) {
   m.impl("conv2d_weight_partials", TORCH_BOX(&ordered::conv2d_weight_partials));
   m.impl("conv2d_backward", TORCH_BOX(&ordered::conv2d_backward));
+  m.impl("linear_weight", TORCH_BOX(&ordered::linear_weight));
 }
