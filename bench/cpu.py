@@ -1,8 +1,9 @@
-"""Speed on the CPU, as ratios measured in one run: `sum` against torch.sum, exact against fixed order, index_add
-and a Constnet step against PyTorch's own, the grid of mlp_replicated.py against one network after the other, --shards
-against plain data parallel; and which kernels' bits depend on the number of threads.
+"""Speed on the CPU, as ratios measured in one run: `sum` against torch.sum, exact against fixed order, index_add,
+large linear layers and a Constnet step against PyTorch's own, noise of other kinds against none, the grid of
+mlp_replicated.py against one network after the other, --shards against plain data parallel; and which kernels' bits
+depend on the number of threads.
 
-    python bench/cpu.py [--out results/bench/cpu.json]      # about 8 minutes on two cores, 1.1 GB
+    python bench/cpu.py [--out results/bench/cpu.json]      # about 10 minutes on two cores, 1.1 GB
 
 The two sides of a ratio alternate, and the ratio is the median of the pairs' ratios, so that a machine that slows down
 for a while slows both. Reach: sum at least 0.9 of torch.sum's throughput, exact at least 0.5 of fixed's, index_add
@@ -95,6 +96,45 @@ def index_adds():
                          "times_torch": round(1 / ratio, 3), "milliseconds": round(ours * 1e3, 3),
                          "torch_milliseconds": round(theirs * 1e3, 3)})
             print(rows[-1], flush=True)
+    return rows
+
+
+def linears():
+    """Forward and backward of layers of many weights: what counts is their partial gradients' way through memory."""
+    rows = []
+    for batch, inputs, outputs in ((32, 4096, 4096), (8, 9216, 4096), (64, 512, 1000), (1024, 512, 512)):
+        x, grad = torch.randn(batch, inputs, requires_grad=True), torch.randn(batch, outputs)
+        weight = torch.randn(outputs, inputs, requires_grad=True)
+
+        def step(order):
+            torch.autograd.grad(ordered_reduce.linear(x, weight, order=order), (x, weight), grad)
+
+        for order in ("fixed", "shuffled", "exact", "atomic"):
+            ratio, ours, theirs = compare(lambda: step(order), lambda: step("native"))
+            rows.append({"what": f"linear {order}, {batch} samples, {inputs} to {outputs}",
+                         "times_native": round(1 / ratio, 3),
+                         "milliseconds": round(ours * 1e3, 2), "native_milliseconds": round(theirs * 1e3, 2)})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def noises():
+    """A Constnet step of the digits' size in fixed order, with noise in all gradients and without."""
+    rows, args = [], constnet.parse_arguments(["--dataset", "digits"])
+    x, y = torch.randn(args.batch_size, 1, 8, 8), torch.randint(0, 10, (args.batch_size,))
+    model = constnet.Constnet(1, 10, args.blocks, args.widen)
+    policy = ordered_reduce.convert(model, splits=args.splits)
+
+    def step(noise):
+        policy.noise_now = noise
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+
+    for noise in ordered_reduce.noise.NOISES:
+        ratio, ours, theirs = compare(lambda: step(noise), lambda: step(None), seconds=6)
+        rows.append({"what": f"gradients with noise {noise}, digits size", "times_without": round(1 / ratio, 3),
+                     "milliseconds": round(ours * 1e3, 2), "milliseconds_without": round(theirs * 1e3, 2)})
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -243,7 +283,7 @@ def shards():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default="results/bench/cpu.json")
-    parts = (threads, steps, sums, exact, index_adds, grid, shards)
+    parts = (threads, steps, linears, noises, sums, exact, index_adds, grid, shards)
     parser.add_argument("--only", choices=[part.__name__ for part in parts], help="default: all")
     args = parser.parse_args()
     result = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}

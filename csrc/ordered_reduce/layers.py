@@ -482,8 +482,9 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     torch.func's transforms, tensor parallelism and the saving of torch.jit.trace take one in order "native" alone;
     torch.fx and torch.jit.script do not.
 
-    In backward the `splits` partial gradients of a layer are in memory together, each as large as the weight: of a
-    layer of many weights and a batch of few samples that, not arithmetic, is what takes the time.
+    In backward the `splits` partial gradients of a layer are in memory together, each as large as the weight (on a CPU
+    a few rows at a time, where they are a large linear layer's): of many weights and few samples that, not arithmetic,
+    is what takes the time. Noise takes time, too, "gaussian" about as much as a small network's step.
 
     Args:
       model: any nn.Module. Subclasses of these layers, parametrized layers among them, are left alone, for they may
