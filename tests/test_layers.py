@@ -110,6 +110,12 @@ def test_a_large_linear_layer_row_by_row(order):
     got = weight_gradient(x, weight.requires_grad_(), grad, **arguments)
     assert torch.equal(got.flatten(), ordered_reduce.sum(terms, 0, **arguments))
     assert order == "fixed" or not torch.equal(got.flatten(), ordered_reduce.sum(terms, 0, splits=12))
+    # The same as a convolution to one pixel.
+    x, grad, weight = x[:, :1200].view(12, 75, 4, 4), grad[:, :, None, None], torch.randn(37, 75, 4, 4, requires_grad=True)
+    got, = torch.autograd.grad(ordered_reduce.conv2d(x, weight, **arguments), weight, grad)
+    terms = (grad[..., None] * x[:, None]).flatten(1)
+    assert terms.numel() * 4 > ordered_reduce.layers.BLOCK
+    assert torch.equal(got.flatten(), ordered_reduce.sum(terms, 0, **arguments))
 
 
 @pytest.mark.parametrize("shape, out", [((64, 512), 1000), ((13, 3, 700), 210), ((5, 4096), 48)])
@@ -135,6 +141,22 @@ def test_a_large_linear_layer_is_like_a_small_one(shape, out):
         leaf = weight.detach().to(dtype).requires_grad_()
         got = weight_gradient(x.to(dtype), leaf, grad.to(dtype), order="shuffled")
         assert got.dtype == dtype and (got - expected).abs().max() < error * expected.abs().max()
+
+
+@pytest.mark.parametrize("options", [dict(padding=1), dict(padding=2, stride=2, dilation=2)])
+def test_a_convolution_of_many_weights_to_few_pixels(options):
+    torch.manual_seed(0)
+    x, weight = torch.randn(16, 130, 2, 2, requires_grad=True), torch.randn(144, 130, 3, 3, requires_grad=True)
+    assert weight.numel() * 4 * 8 > ordered_reduce.layers.BLOCK
+    grads = [torch.autograd.grad(f(x, weight, **options).square().sum(), (x, weight)) for f in (F.conv2d, ordered_reduce.conv2d)]
+    for expected, got in zip(*grads, strict=True):
+        assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+    frozen = torch.autograd.grad(ordered_reduce.conv2d(x.detach(), weight, **options).square().sum(), weight)[0]
+    assert torch.equal(frozen, grads[1][1])
+    equal = torch.randn(16, 1, 2, 2).expand(-1, 130, -1, -1).contiguous()
+    weight = torch.full((144, 130, 3, 3), 0.1, requires_grad=True)
+    got, = torch.autograd.grad(ordered_reduce.conv2d(equal, weight, **options).square().sum(), weight)
+    assert torch.equal(got, got[:1, :1].expand_as(got))
 
 
 @pytest.mark.parametrize("layer", ["conv", "linear"])

@@ -25,7 +25,7 @@ from .ops import ORDERS, SUM_ORDERS, arrival, check_order, check_tensor, index_a
 # rounded by PyTorch's kernels, so that unlike an exact sum of all samples the result is still a function of `splits`.
 LAYER_ORDERS = (*SUM_ORDERS, "native")
 MOST_APART = 64   # partial gradients that one kernel adds where they lie: Apart::kMost of ../ops.h
-BLOCK = 1 << 21   # bytes of a linear layer's partial gradients beyond which a CPU makes a few rows of them at a time
+BLOCK = 1 << 21   # bytes of a weight's partial gradients beyond which a CPU makes a few rows of them at a time
 # Asked once, since torch.compile of PyTorch 2.11 cannot trace the question.
 _WITH_AUTOCAST = [device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)]
 _convolution_backward = torch.ops.aten.convolution_backward.default
@@ -176,6 +176,17 @@ def _linear_weight_partials(grad, x, splits):
     return products(grad, x, splits)[:, :grad.shape[-1], :x.shape[-1]]
 
 
+def _is_large(x, weights, order):
+    """Whether partial gradients of so many weights are made a few rows at a time: on the CPU, where no threads race."""
+    size = min(order[1], len(x)) * weights * x.element_size()
+    return size > BLOCK and not x.is_cuda and order[0] in ("fixed", "shuffled", "exact")
+
+
+def _row_by_row(grad, x, order):
+    """The sum of the partial gradients, (out, in), of grad (batch, rows, out) and x (batch, rows, in)."""
+    return torch.ops.ordered_reduce.linear_weight(grad, x, *order_arguments(x, *order))
+
+
 def _products(grad, x, splits):
     batch, G = x.shape[0], max(1, min(splits, x.shape[0]))
     rows = x.shape[:-1].numel() // batch if batch else 0    # of a sample
@@ -242,8 +253,16 @@ class _Conv2d(torch.autograd.Function):
         if (of_weight and not x.is_cuda and len(x) and x.dtype == weight.dtype and ctx.order[0] != "arrival"
                 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()):
             stride, padding, dilation, groups = ctx.conv
-            grad_x, grad_weight = _cpu_backward(grad, x, weight, [*stride, *padding, *dilation, groups], of_x,
-                                                *order_arguments(x, *ctx.order))
+            pixels, G = grad.shape[2:].numel(), min(ctx.order[1], len(x))
+            # What the pixels see must be less than the partial gradients.
+            if (groups == 1 and pixels <= 4 and len(x) * pixels <= G * len(weight)
+                    and _is_large(x, weight.numel(), ctx.order)):
+                seen = F.unfold(x, weight.shape[2:], dilation, padding, stride)
+                grad_weight = _row_by_row(grad.flatten(2).mT, seen.mT, ctx.order).view(weight.shape)
+                grad_x = _convolution_gradient(grad, x, weight, ctx.conv, 0) if of_x else None
+            else:
+                grad_x, grad_weight = _cpu_backward(grad, x, weight, [*stride, *padding, *dilation, groups], of_x,
+                                                    *order_arguments(x, *ctx.order))
         else:
             used = weight.to(x.dtype)
             if of_x:
@@ -271,12 +290,9 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight.to(ctx.used)
         if ctx.needs_input_grad[1]:
-            size = grad.shape[-1] * x.shape[-1] * x.element_size() * min(ctx.order[1], len(x))
-            if (size > BLOCK and not x.is_cuda and x.numel() and grad.dtype == x.dtype == ctx.dtype
-                    and ctx.order[0] in ("fixed", "shuffled", "exact")
-                    and not torch.is_grad_enabled() and not torch.compiler.is_compiling()):
-                samples = [t.reshape(len(t), -1, t.shape[-1]) for t in (grad, x)]
-                grad_weight = torch.ops.ordered_reduce.linear_weight(*samples, *order_arguments(x, *ctx.order))
+            if (grad.dtype == x.dtype == ctx.dtype and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+                    and x.numel() and _is_large(x, grad.shape[-1] * x.shape[-1], ctx.order)):
+                grad_weight = _row_by_row(*(t.reshape(len(t), -1, t.shape[-1]) for t in (grad, x)), ctx.order)
             else:
                 like = weight if weight is not None else grad.new_empty(0, dtype=ctx.dtype)
                 grad_weight = _add_partials(_linear_weight_partials(grad, x, ctx.order[1]), len(x), like, *ctx.order)
@@ -482,9 +498,10 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     torch.func's transforms, tensor parallelism and the saving of torch.jit.trace take one in order "native" alone;
     torch.fx and torch.jit.script do not.
 
-    In backward the `splits` partial gradients of a layer are in memory together, each as large as the weight (on a CPU
-    a few rows at a time, where they are a large linear layer's): of many weights and few samples that, not arithmetic,
-    is what takes the time. Noise takes time, too, "gaussian" about as much as a small network's step.
+    In backward the `splits` partial gradients of a layer are in memory together, each as large as the weight: of many
+    weights and few samples that, not arithmetic, is what takes the time. (A CPU makes a few rows of them at a time,
+    where they are those of a large linear layer or of a convolution to few pixels.) Noise takes time, too, "gaussian"
+    about as much as a small network's step.
 
     Args:
       model: any nn.Module. Subclasses of these layers, parametrized layers among them, are left alone, for they may
