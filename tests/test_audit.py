@@ -679,7 +679,9 @@ def test_training_refuses_wrong_arguments(make, steps, said):
         ordered_reduce.audit_training(make, steps)
 
 
-def test_training_runs_what_is_compiled_as_it_is_written():
+@pytest.mark.filterwarnings("error:Dynamo")
+def test_what_is_compiled():
+    """Is audited as it is, but that a run with hooks in it, in training all, is as it is written."""
     compiled = []
 
     def backend(graph, inputs):
@@ -688,5 +690,5 @@ def test_training_runs_what_is_compiled_as_it_is_written():
 
     run = plain(lambda: torch.compile(nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5)), backend=backend), X)
     assert ordered_reduce.audit_training(run, 2)["repeats"] is None and not compiled
-    run()[1](0)
-    assert compiled
+    report = ordered_reduce.audit(run()[0], X)
+    assert compiled and {row["repeats"] for row in report} == {"yes"} and not failures(report, "error")

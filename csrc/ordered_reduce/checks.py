@@ -379,7 +379,8 @@ def audit(model, input, *, device=None, seed=0, repeats=REPEATS):
         for name, module in modules.items():
             if not isinstance(module, torch.jit.ScriptModule):   # it takes no such hooks
                 hooks.append(module.register_forward_pre_hook(functools.partial(remember, name), with_kwargs=True))
-        with seeded(seed), torch.enable_grad():   # for models that differentiate in their forward
+        # Gradients for models that differentiate in their forward; a compiler would compile the hooks.
+        with seeded(seed), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             args, kwargs = each_once(fresh, (args, kwargs))
             state = {name: fresh(t) for name, t in state.items() if not is_lazy(t)}
             torch.func.functional_call(model, state, args, kwargs)
