@@ -1,5 +1,5 @@
 """Speed on the CPU, as ratios measured in one run: `sum` against torch.sum, exact against fixed order, index_add,
-large linear layers and a Constnet step against PyTorch's own, noise of other kinds against none, the grid of
+layers of many weights and a Constnet step against PyTorch's own, noise of other kinds against none, the grid of
 mlp_replicated.py against one network after the other, --shards against plain data parallel; and which kernels' bits
 depend on the number of threads.
 
@@ -13,6 +13,7 @@ others' numbers in the file.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -99,20 +100,25 @@ def index_adds():
     return rows
 
 
-def linears():
+def large():
     """Forward and backward of layers of many weights: what counts is their partial gradients' way through memory."""
     rows = []
-    for batch, inputs, outputs in ((32, 4096, 4096), (8, 9216, 4096), (64, 512, 1000), (1024, 512, 512)):
-        x, grad = torch.randn(batch, inputs, requires_grad=True), torch.randn(batch, outputs)
-        weight = torch.randn(outputs, inputs, requires_grad=True)
+    cases = [(f"linear, {batch} samples, {inputs} to {outputs}", ordered_reduce.linear, (batch, inputs),
+              (outputs, inputs)) for batch, inputs, outputs in
+             ((32, 4096, 4096), (8, 9216, 4096), (64, 512, 1000), (1024, 512, 512))]
+    convolution = functools.partial(ordered_reduce.conv2d, padding=1)
+    cases += [(f"3x3 convolution, 32 samples of 512 x {size} x {size}", convolution, (32, 512, size, size),
+               (512, 512, 3, 3)) for size in (1, 2, 4)]
+    for what, f, *shapes in cases:
+        x, weight = (torch.randn(shape, requires_grad=True) for shape in shapes)
+        grad = torch.randn_like(f(x, weight))
 
         def step(order):
-            torch.autograd.grad(ordered_reduce.linear(x, weight, order=order), (x, weight), grad)
+            torch.autograd.grad(f(x, weight, order=order), (x, weight), grad)
 
         for order in ("fixed", "shuffled", "exact", "atomic"):
             ratio, ours, theirs = compare(lambda: step(order), lambda: step("native"))
-            rows.append({"what": f"linear {order}, {batch} samples, {inputs} to {outputs}",
-                         "times_native": round(1 / ratio, 3),
+            rows.append({"what": f"{order}: {what}", "times_native": round(1 / ratio, 3),
                          "milliseconds": round(ours * 1e3, 2), "native_milliseconds": round(theirs * 1e3, 2)})
             print(rows[-1], flush=True)
     return rows
@@ -283,7 +289,7 @@ def shards():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default="results/bench/cpu.json")
-    parts = (threads, steps, linears, noises, sums, exact, index_adds, grid, shards)
+    parts = (threads, steps, large, noises, sums, exact, index_adds, grid, shards)
     parser.add_argument("--only", choices=[part.__name__ for part in parts], help="default: all")
     args = parser.parse_args()
     result = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
