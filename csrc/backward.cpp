@@ -242,9 +242,9 @@ Tensor linear_weight(Tensor grad, Tensor x, int64_t splits, int64_t order, bool 
                   "linear_weight: shapes, dtypes or splits do not match");
   constexpr int64_t kBytes = 1 << 21, kRows = 16;   // of the partial gradients of a block; of its height a divisor
   const int64_t rows = x.size(1), out = grad.size(2), in = x.size(2), high = padded(out), wide = padded(in);
-  const Groups samples(x.size(0), std::min(splits, x.size(0)));
   Reduction r = ordered(order, per_output, seed, step, op, x);
   r.terms = r.groups = std::min(splits, x.size(0));
+  const Groups samples(x.size(0), r.groups);
   const int64_t fit = kBytes / int64_t(r.groups * wide * x.element_size()) / kRows * kRows;
   const int64_t height = std::clamp(fit, kRows, high);
   r.inner = in, r.outer_stride = wide, r.inner_stride = 1, r.term_stride = height * wide;

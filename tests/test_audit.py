@@ -399,8 +399,9 @@ def test_what_cannot_be_copied_is_run_itself():
 def test_more_repeats_find_what_is_rare():
     model = Do(lambda self, x: x * (ULP if self.calls % 8 == 0 else 1.0))
     assert [ordered_reduce.audit(model, X, repeats=n)[0]["repeats"] for n in (3, 12)] == ["yes", "no"]
-    with pytest.raises(ValueError, match="repeats must be at least 2; got 1"):
-        ordered_reduce.audit(model, X, repeats=1)
+    for wrong in (1, 2.5, "3"):
+        with pytest.raises(ValueError, match=f"repeats must be an integer of at least 2; got {wrong!r}"):
+            ordered_reduce.audit(model, X, repeats=wrong)
 
 
 def test_a_module_that_is_given_no_tensor_has_a_row():
@@ -667,7 +668,7 @@ def test_training_names_a_buffer():
 
     assert ordered_reduce.audit_training(make, 3)["repeats"] == {"step": 1, "module": "1", "pass": "running_mean"}
     start = plain(lambda: nn.BatchNorm1d(16), X, prepare=lambda model: model.running_var.uniform_(generator=generator))
-    assert ordered_reduce.audit_training(start, 1)["repeats"] == {"step": 0, "module": "", "pass": "initial running_var"}
+    assert ordered_reduce.audit_training(start, np.int64(1))["repeats"] == {"step": 0, "module": "", "pass": "initial running_var"}
 
 
 @pytest.mark.parametrize("make,steps,said", [

@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import functools
 import math
+import numbers
 import traceback
 from collections.abc import Callable
 
@@ -176,7 +177,7 @@ def check(case, seed=0, repeats=REPEATS):
         for t in equal.get(p, ()):
             for dim in case.channels(named(p), t):
                 copies, lenient = first_channel(t, dim), mixed or named(p) in case.lenient
-                if t.shape[dim] > 1 and (same_bits(t, copies) or not lenient or difference(t, copies) <= rounding(t)):
+                if t.shape[dim] > 1 and not (lenient and difference(t, copies) > rounding(t)):
                     note("equal channels", p, t, copies)
 
     batched = {name: case.batch(name, t) for name, t in case.tensors.items()}
@@ -349,12 +350,12 @@ def audit(model, input, *, device=None, seed=0, repeats=REPEATS):
     Scripted modules have no rows; the modules that they are part of have.
 
     Raises what the model raises, TypeError where model is no module, and ValueError where there is no tensor at all or
-    repeats is less than 2.
+    repeats is no integer of at least 2.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"audit(): argument 'model' must be Module, not {type(model).__name__}")
-    if repeats < 2:
-        raise ValueError(f"repeats must be at least 2; got {repeats}")
+    if not isinstance(repeats, numbers.Integral) or repeats < 2:
+        raise ValueError(f"repeats must be an integer of at least 2; got {repeats!r}")
     args, kwargs = ((), input) if isinstance(input, dict) else (input if type(input) is tuple else (input,), {})
     model = _copied(model) if device is None else copy.deepcopy(model).to(device)
     if device is not None:

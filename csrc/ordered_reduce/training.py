@@ -5,6 +5,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import numbers
 import warnings
 import weakref
 
@@ -183,7 +184,7 @@ def audit_training(make, steps, *, order="shuffled", splits=8, seed=0, spread=0.
 
     Raises ValueError for a wrong argument, and what make and step raise.
     """
-    if not isinstance(steps, int) or steps < 1:
+    if not isinstance(steps, numbers.Integral) or steps < 1:
         raise ValueError(f"steps must be an integer of at least 1; got {steps!r}")
     Policy(order, splits, seed)   # refuses wrong arguments before the work is done
     events, differ, equal_input = [], set(), {}
