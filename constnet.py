@@ -739,7 +739,7 @@ def start_network(args, seed, data, out):
         torch.manual_seed(draw(seed, 0, "mask"))
         masks = [mask.to(device) for mask in masks_of(conv_weights(model), args.mask, args.keep)]
         model.load_state_dict(common.load_checkpoint(out / f"{args.dense}-{seed}-rewind.pt", "--prune"))
-    model.to(device).train()
+    model.train().to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
     with torch.no_grad():
         for weight, mask in zip(conv_weights(model), masks, strict=bool(masks)):
             weight.mul_(mask)

@@ -201,8 +201,9 @@ def network(width, precision, device, batch, size):
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.manual_seed(0)
-    model = constnet.Constnet(3, 10, widen=width).to(device)
+    model = constnet.Constnet(3, 10, widen=width)
     constnet.initialise(model, "")
+    model.to(device, memory_format=torch.channels_last)   # as constnet.py has it
     policy = ordered_reduce.convert(model, "fixed", 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     x = torch.randn(batch, 3, size, size, device=device)

@@ -1198,7 +1198,30 @@ std::pair<Tensor, Tensor> add_as_they_come(const Reduction& r, const Tensor& inp
   return left;
 }
 
+// philox of ops.h.
+struct Words {
+  const Key key;
+  const int64_t n;
+  int64_t* const out;
+
+  INLINE void draw_any(int64_t from, int64_t to) const {
+    for (int64_t i = from; i < to; ++i) {
+      uint32_t c[4] = {uint32_t(i), 0, key.step, key.op};
+      philox4x32_10(c, uint32_t(key.seed), uint32_t(key.seed >> 32));
+      for (int word = 0; word < 4; ++word) out[word * n + i] = c[word];
+    }
+  }
+
+  TWICE_CHOICE
+  TWICE(void, draw, (int64_t from, int64_t to), (from, to))
+};
+
 }  // namespace
+
+void philox_cpu(const Reduction& r, Tensor& out) {
+  const Words words{{r.seed, r.step, r.op}, out.size(1), static_cast<int64_t*>(out.mutable_data_ptr())};
+  torch::stable::parallel_for(0, words.n, kGrain / 4, [&](int64_t from, int64_t to) { words.draw(from, to); });
+}
 
 void sum_cpu(const Reduction& r, const Tensor& x, Tensor& out) {
   if (r.order == Order::exact) return exact_cpu(r, x.scalar_type(), x.const_data_ptr(), out.mutable_data_ptr());

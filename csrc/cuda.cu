@@ -5,6 +5,7 @@
 //               same kernel sums the lane sums of the pieces until one piece is left: the rest of the same tree.
 //   combine     the partial sums of the groups, one after the other or shuffled, one thread an output.
 //   add_apart   the same for partial sums that came in tensors of their own.
+//   words       random numbers for noise.py.
 //   race        the same partial sums with atomicAdd, one thread a (group, output).
 //   arrive      fetches the same partial sums, one block a (group, stretch of outputs), and takes a ticket when done.
 //   short_sums  groups of at most 32 contiguous terms, one thread each.
@@ -356,6 +357,16 @@ __global__ void add_apart(Apart p, int groups, uint32_t count, T* out, bool shuf
     }
 #pragma unroll
     for (int e = 0; e < N; ++e) out[o + e * apart] = result.at[e];
+  }
+}
+
+// philox of ops.h.
+__global__ void words(int64_t n, Key key, const int64_t* device_step, int64_t* out) {
+  if (device_step) key.step = uint32_t(*device_step);
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
+    uint32_t c[4] = {uint32_t(i), 0, key.step, key.op};
+    philox4x32_10(c, uint32_t(key.seed), uint32_t(key.seed >> 32));
+    for (int word = 0; word < 4; ++word) out[word * n + i] = c[word];
   }
 }
 
@@ -1222,6 +1233,15 @@ void add_partials_cuda(const Reduction& r, const Apart& p, ScalarType type, Tens
     if (out.scalar_type() == type) return launch(some, some);
     if constexpr (sizeof(P) == 2) launch(some, float());
   });
+}
+
+void philox_cuda(const Reduction& r, Tensor& out) {
+  const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
+  cudaStream_t stream = stream_of(out);
+  constexpr int threads = 256;
+  words<<<grid(out.size(1), threads), threads, 0, stream>>>(
+      out.size(1), Key{r.seed, r.step, r.op}, r.device_step, static_cast<int64_t*>(out.mutable_data_ptr()));
+  check(cudaGetLastError());
 }
 
 void index_add_cuda(const Reduction& r, const Tensor& input, const Tensor& index, const Tensor& source,

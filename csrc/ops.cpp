@@ -239,6 +239,15 @@ Tensor add_partials(const std::vector<Tensor>& partials, const Tensor& like, boo
   return out;
 }
 
+// (4, n) for like of n int64 numbers, which are not read: a number of its own could not be symbolic.
+template <void (*launch)(const Reduction&, Tensor&)>
+Tensor philox(const Tensor& like, int64_t seed, const Tensor& step, int64_t op) {
+  STD_TORCH_CHECK(like.scalar_type() == ScalarType::Long, "philox: like must be int64");
+  Tensor out = empty({4, like.numel()}, like);
+  if (out.numel()) launch(ordered(int64_t(Order::shuffled), true, seed, step, op, like), out);
+  return out;
+}
+
 bool cuda_built() {
 #ifdef ORDERED_CUDA
   return true;
@@ -295,6 +304,7 @@ STABLE_TORCH_LIBRARY(ordered_reduce, m) {
         " bool per_output=True, int seed=0, Tensor? step=None, int op=0) -> (Tensor, Tensor)");   // so is this
   m.def("linear_weight(Tensor grad, Tensor x, int splits, int order=0, bool per_output=True, int seed=0,"
         " Tensor? step=None, int op=0) -> Tensor");   // and this
+  m.def("philox(Tensor like, int seed, Tensor step, int op) -> Tensor");
   m.def("cuda_built() -> bool");
 }
 
@@ -309,6 +319,7 @@ STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CPU, m) {
   m.impl("index_add", TORCH_BOX(&ordered::index_add<ordered::index_add_cpu>));
   m.impl("index_add_forward", TORCH_BOX(&ordered::index_add<ordered::index_add_cpu>));
   m.impl("sum_by_tickets", TORCH_BOX(&ordered::sum_by_tickets<ordered::sum_cpu>));
+  m.impl("philox", TORCH_BOX(&ordered::philox<ordered::philox_cpu>));
 }
 
 #ifdef ORDERED_CUDA
@@ -319,5 +330,6 @@ STABLE_TORCH_LIBRARY_IMPL(ordered_reduce, CUDA, m) {
   m.impl("index_add_forward", TORCH_BOX(&ordered::index_add<ordered::index_add_cuda>));
   m.impl("sum_by_tickets", TORCH_BOX(&ordered::sum_by_tickets<ordered::sum_cuda>));
   m.impl("add_partials", TORCH_BOX(&ordered::add_partials<ordered::add_partials_cuda>));
+  m.impl("philox", TORCH_BOX(&ordered::philox<ordered::philox_cuda>));
 }
 #endif

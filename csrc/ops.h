@@ -72,6 +72,10 @@ struct Apart {
 // or shuffled.
 void add_partials_cuda(const Reduction& r, const Apart& partials, ScalarType type, Tensor& out);
 
+// out, of 4 and n int64 numbers, has in column i the four words of Philox with the counter (i, 0, step, op) and r's seed.
+void philox_cpu(const Reduction& r, Tensor& out);
+void philox_cuda(const Reduction& r, Tensor& out);
+
 // A Reduction without its shape, of these arguments of an operator; step is the CPU's or lies on the device of x.
 Reduction ordered(int64_t order, bool per_output, int64_t seed, const std::optional<Tensor>& step, int64_t op,
                   const Tensor& x);

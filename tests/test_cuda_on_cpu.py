@@ -82,6 +82,11 @@ def test_sums_have_the_bits_of_the_cpu(emulated, shape, dims, dtype):
         assert same_bits(emulated.sum_forward(*arguments), expected), (order, per_output, splits)
 
 
+def test_random_words_are_the_cpus(emulated):
+    arguments = (torch.empty(1000, dtype=torch.int64), 1 << 40, torch.tensor(3), 2)
+    assert torch.equal(emulated.philox(*arguments), torch.ops.ordered_reduce.philox(*arguments))
+
+
 @pytest.mark.parametrize("terms", [2000, 700, 100])
 def test_exact_of_what_a_gpu_must_not_get_wrong(emulated, terms):
     inf, nan, tiny, huge = float("inf"), float("nan"), 5e-324, 1.7e308

@@ -25,6 +25,7 @@ from .ops import ORDERS, SUM_ORDERS, arrival, check_order, check_tensor, index_a
 # rounded by PyTorch's kernels, so that unlike an exact sum of all samples the result is still a function of `splits`.
 LAYER_ORDERS = (*SUM_ORDERS, "native")
 MOST_APART = 64   # partial gradients that one kernel adds where they lie: Apart::kMost of ../ops.h
+NARROW = 64       # most channels of a convolution whose groups of samples a GPU computes in one call, as channel groups
 BLOCK = 1 << 21   # bytes of a weight's partial gradients beyond which a CPU makes a few rows of them at a time
 # Asked once, since torch.compile of PyTorch 2.11 cannot trace the question.
 _WITH_AUTOCAST = [device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)]
@@ -95,24 +96,30 @@ _repeating = _Repeating()
 
 
 @functools.cache
-def _side_streams(device):
-    return [torch.cuda.Stream(device) for _ in range(3)]
+def _streams_of(device):
+    return [torch.cuda.Stream(device) for _ in range(4)]
 
 
-def _side_by_side(f, groups, device):
-    """[f(*group) for group in groups]. While a CUDA graph is captured they go to several streams, which costs a replay
-    nothing: a group alone does not fill a large GPU."""
-    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
-        return [f(*group) for group in groups]
-    here, found = torch.cuda.current_stream(device), []
-    streams = [here, *_side_streams(device)]
+def _side_streams(x):
+    """Streams to compute a weight gradient on, the first of which has waited for all so far, while a CUDA graph is
+    captured: it costs a replay nothing, and neither the input's gradient nor one group fills a large GPU. Else none."""
+    if not x.is_cuda or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
+        return []
+    streams = _streams_of(x.device)
+    streams[0].wait_stream(torch.cuda.current_stream(x.device))
+    return streams
+
+
+def _side_by_side(f, groups, streams):
+    """[f(*group) for group in groups], from the first stream, which is the current one, on all of them."""
+    found = []
     for stream in streams[1:]:
-        stream.wait_stream(here)
+        stream.wait_stream(streams[0])
     for number, group in enumerate(groups):
-        with torch.cuda.stream(streams[number % len(streams)]):
+        with torch.cuda.stream(streams[number % len(streams)]) if streams else contextlib.nullcontext():
             found.append(f(*group))
-    for stream in streams[1:]:   # what is allocated on them is used here, and there only after they have waited again
-        here.wait_stream(stream)
+    for stream in streams[1:]:   # what is allocated there is used elsewhere, and there only after another wait
+        streams[0].wait_stream(stream)
     return found
 
 
@@ -152,11 +159,20 @@ torch.library.register_autograd("ordered_reduce::conv2d_weight_partials", _backw
                                 setup_context=_keep_for_partials)
 
 
-def _conv2d_weight_partials(grad, x, weight, conv, splits):
+def _beside(t, G):
+    """(G n, channels, height, width) -> (n, G channels, height, width), in the same memory format."""
+    n, channels, *size = len(t) // G, *t.shape[1:]
+    if t.stride(1) == 1:   # channels-last
+        t = t.permute(0, 2, 3, 1).reshape(G, n, *size, channels).permute(1, 2, 3, 0, 4)
+        return t.reshape(n, *size, G * channels).permute(0, 3, 1, 2)
+    return t.reshape(G, n, channels, *size).transpose(0, 1).reshape(n, G * channels, *size)
+
+
+def _conv2d_weight_partials(grad, x, weight, conv, splits, streams):
     """The weight gradients of G consecutive groups of samples: a tensor (G, *weight.shape) or a list of tensors."""
     if not x.is_cuda and x.shape[0]:
         return _cpu_weight_partials(grad, x, weight, *conv, splits)
-    (stride, padding, _, groups), shape = conv, weight.shape
+    (stride, padding, dilation, groups), shape = conv, weight.shape
     if shape[2:] == (1, 1) and padding == [0, 0] and groups == 1:   # a matrix product: every pixel is a row
         x = x[:, :, ::stride[0], ::stride[1]]
         return _linear_weight_partials(grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), splits)[..., None, None]
@@ -164,9 +180,14 @@ def _conv2d_weight_partials(grad, x, weight, conv, splits):
         grad, x = _padded(grad, 1), _padded(x, 1)
         weight = weight.new_empty(grad.shape[1], x.shape[1], *shape[2:])   # its values are not used
     G = max(1, min(splits, x.shape[0]))
-    groups = list(zip(grad.tensor_split(G), x.tensor_split(G), strict=True))
     with contextlib.nullcontext() if torch.compiler.is_compiling() else _repeating:   # there the user's choice stands
-        partials = _side_by_side(lambda g, s: _convolution_gradient(g, s, weight, conv, 1), groups, x.device)
+        if groups == 1 and x.shape[0] and x.shape[0] % G == 0 and max(weight.shape[:2]) <= NARROW:
+            weight, conv = weight.new_empty(G * len(weight), *weight.shape[1:]), (stride, padding, dilation, G)
+            partials = _convolution_gradient(_beside(grad, G), _beside(x, G), weight, conv, 1)
+            partials = partials.reshape(G, -1, *weight.shape[1:])
+        else:
+            samples = zip(grad.tensor_split(G), x.tensor_split(G), strict=True)
+            partials = _side_by_side(lambda g, s: _convolution_gradient(g, s, weight, conv, 1), samples, streams)
     return [partial[:shape[0], :shape[1]] for partial in partials]
 
 
@@ -236,17 +257,23 @@ def _add_partials(partials, samples, like, order, splits, seed, step, op, scope)
     return sum(partials, 0, order=order, splits=splits, seed=seed, step=step, op=op, scope=scope)
 
 
+def _cast_before(weight, cast, dtype):
+    """The weight in the dtype in which it was used: cast, if another one was, but where that could not be derived."""
+    return weight.to(dtype) if cast is None or torch.is_grad_enabled() else cast
+
+
 # Both backward passes are made of differentiable operations, so double backward works as it does for PyTorch's layers.
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, used, conv, order):
-        ctx.save_for_backward(x, weight)
+        cast = weight.to(used)
+        ctx.save_for_backward(x, weight, None if cast is weight else cast)
         ctx.conv, ctx.order, ctx.bias_dtype = conv, order, None if bias is None else bias.dtype
-        return F.conv2d(x, weight.to(used), bias, *conv)
+        return F.conv2d(x, cast, bias, *conv)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        x, weight, cast = ctx.saved_tensors
         of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         grad_x, grad_weight, grad_bias = None, None, None
         # On the CPU both at once: calls from Python would be a tenth of a small network's step.
@@ -264,12 +291,16 @@ class _Conv2d(torch.autograd.Function):
                 grad_x, grad_weight = _cpu_backward(grad, x, weight, [*stride, *padding, *dilation, groups], of_x,
                                                     *order_arguments(x, *ctx.order))
         else:
-            used = weight.to(x.dtype)
+            used = _cast_before(weight, cast, x.dtype)
+            streams = _side_streams(x) if of_weight else []
             if of_x:
                 grad_x = _convolution_gradient(grad, x, used, ctx.conv, 0)
             if of_weight:
-                partials = _conv2d_weight_partials(grad, x, used, ctx.conv, ctx.order[1])
-                grad_weight = _add_partials(partials, len(x), weight, *ctx.order)
+                with torch.cuda.stream(streams[0]) if streams else contextlib.nullcontext():
+                    partials = _conv2d_weight_partials(grad, x, used, ctx.conv, ctx.order[1], streams)
+                    grad_weight = _add_partials(partials, len(x), weight, *ctx.order)
+                if streams:
+                    torch.cuda.current_stream(x.device).wait_stream(streams[0])
         if of_bias:
             grad_bias = sum(grad, (0, 2, 3)).to(ctx.bias_dtype)
         return grad_x if of_x else None, grad_weight, grad_bias, None, None, None
@@ -279,16 +310,18 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, used, order):
         of_x, of_weight, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)   # what backward needs, as PyTorch
+        cast = weight.to(used)
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None,   # what backward needs, as PyTorch
+                              cast if of_x and cast is not weight else None)
         ctx.order, ctx.used, ctx.dtype, ctx.bias_dtype = order, used, weight.dtype, None if bias is None else bias.dtype
-        return F.linear(x, weight.to(used), bias)
+        return F.linear(x, cast, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        x, weight, cast = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = None, None, None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight.to(ctx.used)
+            grad_x = grad @ _cast_before(weight, cast, ctx.used)
         if ctx.needs_input_grad[1]:
             if (grad.dtype == x.dtype == ctx.dtype and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
                     and x.numel() and _is_large(x, grad.shape[-1] * x.shape[-1], ctx.order)):

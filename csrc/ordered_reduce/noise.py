@@ -1,28 +1,27 @@
 """Noise of a known size in a weight's gradient, drawn from a seed: what the noise of an order of additions is compared
-with. Philox4x32-10 of ../order.h gives the draws, in tensor operations, so that they are the same integers on every
-device and under torch.compile."""
+with. Philox4x32-10 of ../order.h gives the draws, the same integers on every device."""
 
 import math
 
 import torch
 
-from .ops import check_key
+from .ops import check_key, order_arguments
 
 NOISES = ("gaussian", "stochastic", "flip")
-_WORD = (1 << 32) - 1
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}   # by bytes
 
 
 def _philox(count, seed, step, op, device):
     """(4, count) words in [0, 2**32), a function of their place and (seed, step, op). The key differs in one bit from
     that of the permutations, so noise and order of one seed are independent."""
-    c = torch.arange(count, device=device), 0, step & _WORD, op
-    k0, k1 = seed & _WORD, (seed >> 32 & _WORD) ^ 1 << 31
-    for _ in range(10):
-        p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57   # past 2**63 they wrap: as bits they are right
-        c = (p1 >> 32 & _WORD) ^ c[1] ^ k0, p1 & _WORD, (p0 >> 32 & _WORD) ^ c[3] ^ k1, p0 & _WORD
-        k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
-    return torch.stack(torch.broadcast_tensors(*c))
+    like = torch.empty(count, dtype=torch.int64, device=device)
+    key = order_arguments(like, "shuffled", 1, seed ^ -1 << 63, step, op, "output", "weight")[3:]
+    return torch.ops.ordered_reduce.philox(like, *key)
+
+
+@torch.library.register_fake("ordered_reduce::philox")
+def _(like, *_):
+    return like.new_empty(4, len(like))
 
 
 def _uniforms(count, *key):
