@@ -2,7 +2,7 @@
 small cases, and measures, all in one run, `sum` against a device-to-device copy, exact against fixed order, index_add
 against PyTorch's two, the ordered layers against the matrix rate and native's, a Constnet step of every order against
 native's (as a CUDA graph and kernel by kernel), images per second at width 10, the MLP grid against one network after
-the other; and trains the README's first command.
+the other; audits the blocks of a Constnet of width 10, and trains the README's first command.
 
     python bench/gpu.py [--out results/gpu]        # 8 minutes at most: what comes too late is skipped
     python bench/gpu.py --only training compiled   # what was skipped; the step under torch.compile, some minutes more
@@ -65,8 +65,8 @@ def tests():
     if not importlib.util.find_spec("hypothesis"):
         return {"skipped": "hypothesis is not installed"}
     several = ("-n", "8") if importlib.util.find_spec("xdist") else ()
-    status, lines = shell(sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=line", "--maxfail=30", *several,
-                          "tests", "-k", "cuda and not cuda_on_cpu", seconds=200)
+    status, lines = shell(sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=line", "--disable-warnings",
+                          "-rfE", "--maxfail=30", *several, "tests", "-k", "cuda and not cuda_on_cpu", seconds=200)
     return {"exit_status": status, "last_lines": lines}
 
 
@@ -252,6 +252,28 @@ def steps(device, widths=(1, 10), batch=128, size=32):
     return rows
 
 
+def channels(device, width=10, batch=128, size=16):
+    """Which passes of Constnet's blocks in fixed order tell equal channels apart, or do not repeat."""
+    import ordered_reduce
+
+    rows = []
+    for precision in ("fp32", "tf32", "bf16"):
+        _, _, model = network(width, precision, device, batch, size)
+        torch.use_deterministic_algorithms(True)   # as constnet.py has it
+        for s, stage in enumerate(model.stages):
+            for b, block in enumerate(stage[:2]):
+                side = size >> max(0, s - (b == 0))
+                x = torch.randn(batch, block.conv.in_channels, side, side, device=device)
+                with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                    found = ordered_reduce.audit(block, x.contiguous(memory_format=torch.channels_last))
+                rows += [{"what": f"{precision}, stages.{s}.{b}, {row['operation']}, {row['pass']}",
+                          **{check: "; ".join(cases) for check, cases in row["failures"].items()
+                             if check in ("repeats", "equal channels")}}
+                         for row in found if "no" in (row["repeats"], row["equal channels"])]
+        torch.use_deterministic_algorithms(False)
+    return rows or [{"what": "everything repeats and treats equal channels equally"}]
+
+
 def compiled(device, width=10, batch=128, size=32):
     """The same in bf16, compiled: constnet.py --compile."""
     rows, native = [], None
@@ -331,7 +353,7 @@ def table(result):
     return re.sub(r"/\S+/", "", "\n".join(lines)) + "\n"   # no paths of the machine
 
 
-PARTS = (build, tests, sanitizer, sums, exact, index_adds, layers, steps, grid, training)
+PARTS = (build, tests, sanitizer, sums, exact, index_adds, layers, steps, channels, grid, training)
 
 
 def main():
