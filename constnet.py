@@ -123,8 +123,8 @@ def parse_arguments(argv, more=()):
                      help="of weights, data order, augmentation, dropout; several are run one by one; --resume adds "
                           "them to the run's; default: 0, with --resume none")
     how.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-                     help="of convolutions and products: fp32; tf32 (CUDA); bf16 (autocast). Weights are float32; "
-                          "default: fp32")
+                     help="of convolutions and products: fp32; tf32 (CUDA); bf16 (autocast, in which the order of "
+                          "additions hardly matters: results/constnet). Weights are float32; default: fp32")
 
     how.add_argument("--graph", action="store_true",
                      help="on a GPU: capture the gradient of a batch as one CUDA graph, whose kernels are launched "

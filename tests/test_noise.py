@@ -2,7 +2,9 @@
 
 import copy
 import math
+import shutil
 
+import numpy as np
 import ordered_reduce
 import pytest
 import reference
@@ -38,6 +40,14 @@ def test_philox_is_the_definitions(device):
         words = noise._philox(5, seed, torch.tensor(step), op, device)
         key = seed & reference.MASK, (seed >> 32 & reference.MASK) ^ 1 << 31
         assert words.t().tolist() == [reference.philox4x32_10((i, 0, step, op), key) for i in range(5)]
+
+
+def test_keys_may_be_numpys(device):
+    values = torch.rand(100, device=device) + 1
+    expected = gradient(values, "gaussian", seed=3, step=2, op=1)
+    assert torch.equal(gradient(values, "gaussian", seed=np.int32(3), step=np.int64(2), op=np.uint8(1)), expected)
+    with pytest.raises(TypeError):
+        gradient(values, "gaussian", op=1.5)
 
 
 @pytest.mark.parametrize("ulps", [0.0, 2.0 ** -10, 0.1, 0.5, 1.0, 30.0])
@@ -236,6 +246,31 @@ def test_compiles_once_for_all_steps(device, arguments):
         assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
         policy.step()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("arguments", KINDS, ids=str)
+def test_compiled_half_types_get_the_same_noise(device, arguments):
+    """Inductor computes them in float32, of which nextafter would be another number."""
+    def f(weight):
+        return ordered_reduce.noisy(weight, **arguments, seed=1, step=2)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True)
+    weight = torch.zeros(1000, dtype=torch.bfloat16, device=device, requires_grad=True)
+    given = torch.linspace(1, 2, 1000, device=device).to(f(weight).dtype)
+    eager, got = (torch.autograd.grad(g(weight), weight, given)[0] for g in (f, compiled))
+    assert torch.equal(got, eager) and not torch.equal(eager, given.to(eager.dtype))
+
+
+@pytest.mark.parametrize("arguments", [dict(noise="gaussian"), dict(noise="stochastic")], ids=str)
+def test_batched_gradients_are_those_one_by_one(device, arguments):
+    weight, given = torch.zeros(4, 5, device=device, requires_grad=True), torch.rand(3, 4, 5, device=device)
+    out = ordered_reduce.noisy(weight, **arguments)
+    given = given.to(out.dtype)
+    together = torch.autograd.grad(out, weight, given, is_grads_batched=True)[0]
+    out = ordered_reduce.noisy(weight, **arguments)
+    assert torch.equal(together, torch.stack([torch.autograd.grad(out, weight, g, retain_graph=True)[0] for g in given]))
 
 
 @pytest.mark.parametrize("arguments,named", [

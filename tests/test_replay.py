@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 
 import ordered_reduce
 import pytest
@@ -308,6 +309,27 @@ def test_tickets_that_are_no_permutation_are_refused(path):
         tape.keep(tape.Sum(40, 8, 8, 0, 0), torch.zeros(2, 8))
     with pytest.raises(RuntimeError, match="sum 1: its tickets are not a permutation of 8 groups"), ordered_reduce.replay(path):
         arrival(noise(8, 40))
+
+
+def test_of_two_threads_one_opens_a_tape(tmp_path):
+    for attempt in range(20):
+        start, inside, refused = threading.Barrier(2), threading.Barrier(2), []
+
+        def one(number, start=start, inside=inside, refused=refused, attempt=attempt):
+            start.wait()
+            try:
+                with ordered_reduce.record(tmp_path / f"{attempt}-{number}"):
+                    inside.wait()       # until the other has been refused, or is inside, too
+            except RuntimeError as error:
+                refused.append(str(error))
+                inside.wait()
+
+        both = [threading.Thread(target=one, args=(number,)) for number in range(2)]
+        for thread in both:
+            thread.start()
+        for thread in both:
+            thread.join()
+        assert len(refused) == 1 and "open already" in refused[0]
 
 
 def test_tapes_do_not_nest_and_an_exception_closes_them(path, tmp_path):

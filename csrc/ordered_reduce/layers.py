@@ -257,23 +257,17 @@ def _add_partials(partials, samples, like, order, splits, seed, step, op, scope)
     return sum(partials, 0, order=order, splits=splits, seed=seed, step=step, op=op, scope=scope)
 
 
-def _cast_before(weight, cast, dtype):
-    """The weight in the dtype in which it was used: cast, if another one was, but where that could not be derived."""
-    return weight.to(dtype) if cast is None or torch.is_grad_enabled() else cast
-
-
 # Both backward passes are made of differentiable operations, so double backward works as it does for PyTorch's layers.
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, used, conv, order):
-        cast = weight.to(used)
-        ctx.save_for_backward(x, weight, None if cast is weight else cast)
+        ctx.save_for_backward(x, weight)
         ctx.conv, ctx.order, ctx.bias_dtype = conv, order, None if bias is None else bias.dtype
-        return F.conv2d(x, cast, bias, *conv)
+        return F.conv2d(x, weight.to(used), bias, *conv)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, cast = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         grad_x, grad_weight, grad_bias = None, None, None
         # On the CPU both at once: calls from Python would be a tenth of a small network's step.
@@ -291,7 +285,7 @@ class _Conv2d(torch.autograd.Function):
                 grad_x, grad_weight = _cpu_backward(grad, x, weight, [*stride, *padding, *dilation, groups], of_x,
                                                     *order_arguments(x, *ctx.order))
         else:
-            used = _cast_before(weight, cast, x.dtype)
+            used = weight.to(x.dtype)
             streams = _side_streams(x) if of_weight else []
             if of_x:
                 grad_x = _convolution_gradient(grad, x, used, ctx.conv, 0)
@@ -310,18 +304,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, used, order):
         of_x, of_weight, *_ = ctx.needs_input_grad
-        cast = weight.to(used)
-        ctx.save_for_backward(x if of_weight else None, weight if of_x else None,   # what backward needs, as PyTorch
-                              cast if of_x and cast is not weight else None)
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)   # what backward needs, as PyTorch
         ctx.order, ctx.used, ctx.dtype, ctx.bias_dtype = order, used, weight.dtype, None if bias is None else bias.dtype
-        return F.linear(x, cast, bias)
+        return F.linear(x, weight.to(used), bias)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, cast = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = None, None, None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ _cast_before(weight, cast, ctx.used)
+            grad_x = grad @ weight.to(ctx.used)
         if ctx.needs_input_grad[1]:
             if (grad.dtype == x.dtype == ctx.dtype and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
                     and x.numel() and _is_large(x, grad.shape[-1] * x.shape[-1], ctx.order)):
@@ -528,12 +520,17 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     on a GPU by those of cuDNN's kernels that repeat (in compiled code only under
     torch.use_deterministic_algorithms(True), which the other operations of a GPU need in any case). torch.compile takes
     a converted model, torch.export for its outputs alone: the gradients of an exported program are PyTorch's own.
-    torch.func's transforms, tensor parallelism and the saving of torch.jit.trace take one in order "native" alone;
+    torch.func's transforms, tensor parallelism and the saving of torch.jit.trace take one in order "native" alone (the
+    transforms without noise);
     torch.fx and torch.jit.script do not.
+
+    Under autocast to bfloat16 the order makes little noise, and that does not grow: partial gradients of 8 bits are
+    mostly added exactly in float32, in whatever order, and the forward pass rounds small differences of weights away.
 
     In backward the `splits` partial gradients of a layer are in memory together, each as large as the weight: of many
     weights and few samples that, not arithmetic, is what takes the time. (A CPU makes a few rows of them at a time,
-    where they are those of a large linear layer or of a convolution to few pixels.) Noise takes time, too, "gaussian"
+    where they are those of a large linear layer or of a convolution to few pixels. A GPU copies the input and gradient
+    of a convolution of at most 64 channels, to make all its groups in one call.) Noise takes time, too, "gaussian"
     about as much as a small network's step.
 
     Args:

@@ -2,6 +2,7 @@
 with. Philox4x32-10 of ../order.h gives the draws, the same integers on every device."""
 
 import math
+import operator
 
 import torch
 
@@ -15,8 +16,7 @@ def _philox(count, seed, step, op, device):
     """(4, count) words in [0, 2**32), a function of their place and (seed, step, op). The key differs in one bit from
     that of the permutations, so noise and order of one seed are independent."""
     like = torch.empty(count, dtype=torch.int64, device=device)
-    key = order_arguments(like, "shuffled", 1, seed ^ -1 << 63, step, op, "output", "weight")[3:]
-    return torch.ops.ordered_reduce.philox(like, *key)
+    return torch.ops.ordered_reduce.philox(like, seed ^ -1 << 63, step, op)
 
 
 @torch.library.register_fake("ordered_reduce::philox")
@@ -60,13 +60,26 @@ def _perturb(grad, dtype, noise, ulps, flips, bit, *key):
     return (grad.contiguous().view(integer) ^ (times & 1) << bit).view(dtype)
 
 
+# Compiled, half types are float32 throughout, whose ulp is not theirs; an operator of one's own is left as it is.
+@torch.library.custom_op("ordered_reduce::perturb", mutates_args=())
+def _opaque_perturb(grad: torch.Tensor, dtype: torch.dtype, noise: str, ulps: float, flips: float, bit: int, seed: int,
+                    step: torch.Tensor, op: int) -> torch.Tensor:
+    return _perturb(grad, dtype, noise, ulps, flips, bit, seed, step, op)
+
+
+@_opaque_perturb.register_fake
+def _(grad, dtype, *_):
+    return grad.new_empty(grad.shape, dtype=dtype)
+
+
 class _Perturb(torch.autograd.Function):
     """Noise is added to a gradient: the gradient of that is handed on as it is."""
 
     @staticmethod
     def forward(ctx, grad, dtype, *arguments):
         ctx.dtype, ctx.arguments = grad.dtype, 1 + len(arguments)
-        return _perturb(grad.flatten(), dtype, *arguments).view(grad.shape)
+        perturb = _opaque_perturb if torch.compiler.is_compiling() else _perturb
+        return perturb(grad.reshape(-1), dtype, *arguments).view(grad.shape)
 
     @staticmethod
     def backward(ctx, grad):
@@ -129,4 +142,6 @@ def noisy(weight, noise, *, ulps=1.0, flips=1.0, bit=0, seed=0, step=0, op=0):
                                   "float32, float16 or bfloat16" + " or float64" * (noise == "flip"))
     if bit >= bits:
         raise ValueError(f"bit must lie in [0, {bits}) for weights of dtype {weight.dtype}; got {bit}")
+    key = order_arguments(weight, "shuffled", 1, seed, step, op, "output", "weight")[3:]
+    seed, step, op = (k if isinstance(k, (int, torch.Tensor)) else operator.index(k) for k in key)
     return _Noisy.apply(weight, noise, ulps, flips, bit, seed, step, op)

@@ -21,6 +21,7 @@ STRETCH = 32   # consecutive outputs that share their tickets: kStretch of ../or
 HEADER = {"format": "ordered_reduce tape", "version": 1, "stretch": STRETCH}
 
 _tape = None   # the open one. The process has one, for a backward pass runs in threads of its own
+_claim = threading.Lock()   # held while one is open, or about to be
 
 
 class Sum(typing.NamedTuple):
@@ -110,7 +111,8 @@ def keep(entry, tickets):
 
 def _leave_to_parent():
     """In a forked process: the tape stays the parent's, and what waits in the copies of its buffers goes nowhere."""
-    global _tape
+    global _tape, _claim
+    _claim = threading.Lock()
     if _tape is not None:
         os.dup2(os.open(os.devnull, os.O_RDWR), _tape.file.fileno())
         _tape = None
@@ -121,11 +123,21 @@ if hasattr(os, "register_at_fork"):   # not on Windows, which does not fork
 
 
 @contextlib.contextmanager
+def _alone():
+    claim = _claim   # a process that is forked meanwhile gets another
+    if not claim.acquire(blocking=False):
+        path = f" {_tape.path}" if _tape is not None else ""
+        raise RuntimeError(f"the tape{path} is open already: record and replay cannot be nested")
+    try:
+        yield
+    finally:
+        claim.release()
+
+
+@contextlib.contextmanager
 def _opened(path, writes):
     global _tape
-    if _tape is not None:
-        raise RuntimeError(f"the tape {_tape.path} is open already: record and replay cannot be nested")
-    with gzip.open(path, "wb" if writes else "rb", compresslevel=6) as file:
+    with _alone(), gzip.open(path, "wb" if writes else "rb", compresslevel=6) as file:
         tape = _Tape(path, file, writes)
         if writes:
             file.write(json.dumps(HEADER).encode() + b"\n")
