@@ -14,6 +14,8 @@ Every run writes config.json, metrics.csv (a row per layer and bit), summary.jso
 Exit status: 0 done, 2 bad input, 3 a network diverged (its rows are kept), 130 interrupted.
 """
 
+import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -67,6 +69,7 @@ def parse_arguments(argv=None):
     need = common.need
     common.at_least_1(args, "images", "seeds", "steps", "batch_size")
     need(math.isfinite(args.lr) and args.lr > 0, "--lr", args.lr, "finite and positive")
+    need(args.checkpoint != "", "--checkpoint", "''", "the name of a file")
     need(not (args.checkpoint and args.model), "--model", args.model, "given without --checkpoint")
     need(args.model or not args.weights, "--weights", args.weights, "given with --model")
     return args
@@ -113,10 +116,10 @@ def runs_test(bits):
     return results
 
 
-def bits_of(values):
-    """float32 of any shape -> (32, n) bits, row 0 the least significant, in the order of storage."""
+def bits_of(values, bits=range(32)):
+    """float32 of any shape -> (32, n) bits, or these alone, row 0 the least significant, in the order of the index."""
     words = values.contiguous().view(torch.int32).flatten()
-    return words >> torch.arange(32, device=words.device)[:, None] & 1
+    return words >> torch.tensor(list(bits), device=words.device)[:, None] & 1
 
 
 def layers_of(state):
@@ -139,7 +142,8 @@ def layer_rows(state, **labels):
     """A row per layer and bit."""
     rows = []
     for name, kind, tensor in layers_of(state):
-        for bit, (ones, runs, z, p) in enumerate(runs_test(bits_of(tensor))):
+        for bit in range(32):   # one by one, which takes a large layer less memory
+            (ones, runs, z, p), = runs_test(bits_of(tensor, [bit]))
             rows.append({**labels, "layer": name, "type": kind, "bit": bit, "n": tensor.numel(), "ones": ones,
                          "runs": runs, "z": z, "p": p})
     return rows
@@ -172,7 +176,9 @@ def torchvision_state(name, weights):
                     "torchvision.models.list_models()")
     torch.manual_seed(0)
     try:
-        return models.get_model(name, weights=weights).state_dict()
+        build = models.get_model_builder(name)
+        backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(build).parameters else {}
+        return build(weights=weights, **backbone).state_dict()   # whose backbone would be a trained one otherwise
     except (KeyError, ValueError) as error:
         common.fail(f"argument --weights: {name} has no weights {weights!r} ({error}); try DEFAULT")
     except OSError as error:
@@ -219,9 +225,9 @@ def before_and_after(args, data, seed):
     rows += layer_rows(model.state_dict(), arm="after", seed=seed)
     model.eval()
     with torch.no_grad():
-        correct = sum((model(x * scale).argmax(1) == y).sum().item()
-                      for x, y in zip(test_images.split(1000), test_labels.split(1000), strict=True))
-    return rows, 100 * correct / len(test_labels) if math.isfinite(loss) else None
+        logits = torch.cat([model(x * scale) for x in test_images.split(1000)])
+    right = (logits.argmax(1) == test_labels).double().mean().item()
+    return rows, 100 * right if logits.isfinite().all() else None
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -335,6 +341,7 @@ def main(argv=None):
     state, name = None, args.dataset
     if args.checkpoint:
         state, name = load_state(args.checkpoint), pathlib.Path(args.checkpoint).stem
+        args.checkpoint_sha256 = hashlib.sha256(pathlib.Path(args.checkpoint).read_bytes()).hexdigest()   # for --resume
     elif args.model:
         state, name = torchvision_state(args.model, args.weights), args.model
     *tensors, classes = common.load_data(args.dataset, args.data_dir, args.image_size)

@@ -188,7 +188,7 @@ def _image_folder(root, image_size):
         for i, (path, _) in enumerate(split.samples):
             try:
                 images[i] = pil_to_tensor(split.loader(path).resize(size[::-1]))
-            except OSError as error:
+            except (OSError, SyntaxError, ValueError) as error:   # Pillow's, of broken files
                 fail(f"argument --data-dir: {path} is no readable image ({_line(error)})")
         mixed = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
         data += [images[mixed], torch.tensor(split.targets)[mixed]]
@@ -270,7 +270,8 @@ def run_directory(out, default, resume):
     one's. With resume it is out, or the newest of the default ones."""
     path = pathlib.Path(out or default)
     taken = [path, *path.parent.glob(f"{path.name}-[0-9]*")] if not out else [path]
-    taken = sorted((old for old in taken if (old / "config.json").exists()), key=os.path.getmtime)
+    taken = sorted((old for old in taken if (old / "config.json").exists()),   # --plot-only leaves that file alone
+                   key=lambda old: os.path.getmtime(old / "config.json"))
     if resume:
         return taken[-1] if taken else fail(f"argument --resume: there is no run to continue in {path}; leave --resume "
                                             "out to start one")

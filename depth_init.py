@@ -146,7 +146,8 @@ def scales(layers, scaling, variance=22.0, function="power", n=2.0, c=0.0):
         def logs(log_1_k):   # of s_l; their sum grows with log(1 / k), from L/n ln(c) to infinity
             return np.logaddexp(np.log(depths) + log_1_k, math.log(c) if c > 0 else -math.inf) / n
 
-        low, high = -1e6, 1e6
+        high = 1e6 + n * (abs(math.log(variance)) + 1)
+        low = -high
         for _ in range(100):
             middle = (low + high) / 2
             low, high = (middle, high) if logs(middle).sum() < math.log(variance) else (low, middle)
@@ -400,7 +401,7 @@ def theory(arm, layers, *of_scales):
 
 def draw_figures(rows, layers, config, directory):
     """curves.png: test accuracy and training loss over epochs, mean and 95 % of the seeds; layers.png: mean squares of
-    activations and gradients by layer at the start against the theory, and the weights' quantiles."""
+    activations and gradients by layer at the start, against the theory where it applies, and the weights' quantiles."""
     plt = common.plot_style()
     rows, layers = at_best_rate(rows, layers)
     arms = list(dict.fromkeys(map(arm_of, rows)))
@@ -441,10 +442,12 @@ def draw_figures(rows, layers, config, directory):
                         axis.plot(depths, [row[key] for row in mine], **{**style(arm), "linewidth": 0.8})
                     continue
                 axis.plot(depths, squares, **style(arm))
+                axis.set_yscale("log")
+                if kind[1] == "on" or config["network"] == "conv" or config["activation"] != "relu":
+                    continue   # of which the equations say nothing
                 activation, gradient = theory(arm, len(depths), config["function"], config["n"], config["c"])
                 expected = squares[0] * activation if quantity == "activation" else squares[-1] * gradient
                 axis.plot(depths, expected, color=style(arm)["color"], linestyle=":", linewidth=1)
-                axis.set_yscale("log")
         axes[0, column].set(title=f"{kind[0]}, batch norm {kind[1]}")
         axes[2, column].set(xlabel="layer")
     for axis, label in zip(axes[:, 0], ("mean square of z (dotted: theory)", "mean square of its gradient",

@@ -161,7 +161,7 @@ def steps_to_start(parameters, forward, data, args, generator):
     test = (test_images[:1000] * scale).t()[None]   # enough to tell 20 % from 10 %
     started = [None] * seeds
     for step in range(args.cap + 1):
-        if step % args.every == 0:
+        if step % args.every == 0 or step == args.cap:
             with torch.no_grad():
                 right = (forward(parameters, test).argmax(1) == test_labels[:1000]).double().mean(1) * 100
             started = [step if seen is None and accuracy >= TARGET else seen
@@ -372,10 +372,11 @@ def correlation(rows, part, quantity, key):
 
 
 def summarise(rows):
-    exact = [row for row in rows if row["theory"] is not None]
+    exact = [row for row in rows if row["theory"] is not None and row["standard_error"]   # not 0: float32 ended there
+             and math.isfinite(row["standard_error"])]
     return {
         "means_within_4_standard_errors_of_theory": [
-            sum(abs(row["mean"] - row["theory"]) <= 4 * (row["standard_error"] or math.inf) for row in exact),
+            sum(abs(row["mean"] - row["theory"]) <= 4 * row["standard_error"] for row in exact),
             len(exact)],
         "residual_means_between_the_bounds": [
             sum(row["bound_low"] <= row["mean"] <= row["bound_high"] for row in rows if row.get("bound_low")),
@@ -413,6 +414,8 @@ def main(argv=None):
     *tensors, classes = common.load_data(args.dataset, args.data_dir, args.image_size)
     data = [tensor.flatten(1).to(args.device) if tensor.ndim > 1 else tensor.to(args.device) for tensor in tensors]
     data += [classes]
+    common.need(classes > 5 or args.parts == ["lengths"], "--dataset", f"{args.dataset} of {classes} classes",
+                f"of 6 at least: to guess one of 5 is right {TARGET} % of the time, which counts as a start")
     out = common.start_run(args, f"runs/length_scales/{args.dataset}", ("parts", "inits", "depths", "start_depths",
                                                                         "modules", "device"))
     pieces = {f"{part}, {setting}, {depth}": (part, setting, depth, measure)
@@ -434,7 +437,8 @@ def main(argv=None):
         common.log_to_tensorboard(out, ((f"{row['part']}/{row['quantity']}/{row['setting']}", row["mean"], row["depth"])
                                         for row in rows))
     report(out)
-    print(f"\n{out}/: figure1.png, figure2.png, fm2.png, metrics.csv, summary.json, config.json")
+    print(f"\n{out}/: " + ", ".join(sorted(path.name for path in out.glob("*.png")))
+          + ", metrics.csv, summary.json, config.json")
     return 0
 
 

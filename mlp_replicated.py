@@ -106,7 +106,7 @@ def check_arguments(args):
     need(math.isfinite(args.lr) and args.lr >= 0, "--lr", args.lr, "finite and at least 0")
     orders = ("native", "fixed", "shuffled", "atomic")
     need(args.order in orders, "--order", repr(args.order), f"one of {', '.join(orders)}")
-    need(args.splits >= 1 and args.batch_size % args.splits == 0, "--splits", args.splits,
+    need(args.splits >= 1 and (args.batch_size % args.splits == 0 or args.order == "native"), "--splits", args.splits,
          f"a divisor of the batch size, {args.batch_size}")
     need(args.memory is None or 0 < args.memory < math.inf, "--memory", args.memory, "positive, in GiB")
 
@@ -297,6 +297,8 @@ def statements(errors):
     widths, features = sorted({n for n, _, _ in errors}), sorted({k for _, k, _ in errors})
     seeds = len(next(iter(errors.values()), []))
     if low == high or len(widths) < 3 or len(features) < 3 or any(len(values) != seeds for values in errors.values()):
+        return []
+    if {(n, noise) for n, _, noise in errors} < set(itertools.product(widths, (low, high))):   # where all have diverged
         return []
     cells = [(n, k) for n, k, noise in errors if noise == low and (n, k, high) in errors]
     by_k = {k: [n for n in widths if (n, k, low) in errors] for k in features}

@@ -83,7 +83,8 @@ def parse_arguments(argv=None):
     need = common.need
     need(set(args.parts) <= set(PARTS), "--parts", " ".join(args.parts), f"of {', '.join(PARTS)}")
     common.at_least_1(args, "splits", "seeds", "steps", "batch_size")
-    need(max(args.splits) <= args.batch_size, "--splits", args.splits,
+    need(args.batch_size >= SPLITS, "--batch-size", args.batch_size, f"at least {SPLITS}: a group needs a sample")
+    need(max(args.splits) <= args.batch_size or "noise" not in args.parts, "--splits", args.splits,
          f"at most the batch size, {args.batch_size}: a group needs a sample")
     need(min(args.gaussian) >= -30 and max(args.gaussian) <= 20, "--gaussian", args.gaussian, "exponents in [-30, 20]")
     need(min(args.bit_steps) >= 0, "--bit-steps", args.bit_steps, "at least 0")
@@ -226,7 +227,7 @@ def train(args, data, seed, p, convert):
         largest = spreads.max().item()
         rows.append([step + 1, largest, loss, torch.stack(mixed).sum().item()])
         mixed.clear()
-        if not math.isfinite(loss) or largest > END:
+        if not (math.isfinite(loss) and largest <= END):   # a spread of infinite weights is NaN
             break
     return rows, dict(zip(weights, spreads.tolist(), strict=True))
 
@@ -475,9 +476,9 @@ def main(argv=None):
             ends.append({**run, **spreads})
     common.write_csv(out / "metrics.csv", rows)
     common.write_csv(out / "layers.csv", ends)
-    diverged = [row for row in rows if not math.isfinite(row["loss"])]
+    diverged = [row for row in rows if not (math.isfinite(row["loss"]) and math.isfinite(row["spread"]))]
     if diverged:
-        print("symmetry.py: diverged: the loss of {part}, {arm}, seed {seed} is not finite at step {step}; ".format(
+        print("symmetry.py: diverged: {part}, {arm}, seed {seed}: loss or spread is not finite at step {step}; ".format(
             **diverged[0]) + f"try a smaller --lr (was {args.lr}); metrics: {out}/metrics.csv", file=sys.stderr)
         return 3
     rows = common.read_csv(out / "metrics.csv", text=("part", "arm"))

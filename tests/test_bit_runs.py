@@ -150,6 +150,23 @@ def test_checkpoints_and_models(run, tmp_path):
     assert done.returncode == 0 and "convolution weight" in done.stdout, done.stderr
 
 
+def test_resume_refuses_a_checkpoint_that_was_replaced(run, tmp_path):
+    arguments = "bit_runs.py", "--checkpoint", tmp_path / "a.pt", "--images", 5, "--out", tmp_path / "out"
+    for number, more in enumerate(((), ("--resume",))):
+        torch.save({"weight": torch.randn(4, 4)}, tmp_path / "a.pt")
+        done = run(*arguments, *more)
+        assert done.returncode == (0, 2)[number], done.stderr
+    assert "--checkpoint-sha256" in done.stderr
+
+
+def test_an_untrained_model_has_no_trained_backbone(monkeypatch):
+    from torchvision import models
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: pytest.fail("a download"))
+    monkeypatch.setattr(models._api.WeightsEnum, "get_state_dict", lambda *_, **__: pytest.fail("a download"))
+    assert "backbone.conv1.weight" in bit_runs.torchvision_state("fcn_resnet50", None)
+
+
 def test_weights_without_a_bit_that_varies(run, tmp_path):
     torch.save({"weight": torch.ones(4, 4)}, tmp_path / "ones.pt")
     done = run("bit_runs.py", "--checkpoint", tmp_path / "ones.pt", "--images", 5, "--out", tmp_path / "a")
@@ -159,6 +176,8 @@ def test_weights_without_a_bit_that_varies(run, tmp_path):
 def test_divergence_is_exit_3_and_one_seed_has_no_interval(run, tmp_path):
     done = run("bit_runs.py", "--seeds", 1, "--steps", 20, "--images", 5, "--lr", 1e30, "--out", tmp_path / "a")
     assert done.returncode == 3 and "diverged: 1 of 1" in done.stderr and "Traceback" not in done.stderr
+    last = run("bit_runs.py", "--seeds", 1, "--steps", 1, "--images", 5, "--lr", 1e38, "--out", tmp_path / "b")
+    assert last.returncode == 3, last.stderr
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["told_apart"][0]["low"] is None
     (tmp_path / "a" / "metrics.csv").write_bytes((tmp_path / "a" / "metrics.csv").read_bytes()[:1000])
     (tmp_path / "a" / "done" / "seed 0.json").write_text("null")
@@ -184,7 +203,7 @@ def test_code_in_a_checkpoint_is_not_run(run, tmp_path):
 
 
 @pytest.mark.parametrize("arguments,complaint", [
-    (["--weights", "DEFAULT"], "--weights"),
+    (["--weights", "DEFAULT"], "--weights"), (["--checkpoint", ""], "--checkpoint"),
     (["--model", "resnet18", "--checkpoint", "x"], "without --checkpoint"),
     (["--seeds", 0], "--seeds"), (["--steps", 0], "--steps"), (["--images", 0], "--images"), (["--lr", "nan"], "--lr"),
     (["--dataset", "imagenet"], "--dataset"),

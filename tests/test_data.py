@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import hashlib
+import os
 import pickle
 import struct
 
@@ -125,6 +126,30 @@ def test_image_folder(tmp_path, capsys, mode, channels):
             common.load_data("imagefolder", tmp_path)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and "cannot be read" in error and error.count("\n") == 1
+
+
+def test_a_broken_chunk_is_one_line(tmp_path, capsys):   # Pillow raises a SyntaxError
+    for part in ("train", "test"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        for name in "ab":
+            Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / part / "cat" / f"{name}.png")
+    broken = tmp_path / "train" / "cat" / "b.png"
+    data = bytearray(broken.read_bytes())
+    at = data.index(b"IDAT")
+    data[at - 4:at] = (5).to_bytes(4, "big")
+    broken.write_bytes(data)
+    with pytest.raises(SystemExit) as stop:
+        common.load_data("imagefolder", tmp_path)
+    assert stop.value.code == 2 and "b.png" in capsys.readouterr().err
+
+
+def test_the_newest_run_is_not_the_one_drawn_last(tmp_path):
+    for number, name in enumerate(("digits", "digits-2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        os.utime(tmp_path / name / "config.json", (number, number))
+    (tmp_path / "digits" / "figure.png").touch()
+    assert common.run_directory(None, tmp_path / "digits", True) == tmp_path / "digits-2"
 
 
 @pytest.mark.parametrize("dataset,figure2,own", [("mnist", None, False), ("imagefolder", None, True),

@@ -87,6 +87,7 @@ def arguments(*given):
 def test_an_extreme_product_is_met_as_well():
     assert np.log(scales(54, "increasing", 1e30, n=1000.0)).sum() == pytest.approx(math.log(1e30))
     assert np.log(scales(2, "increasing", 1e10, n=1000.0)).sum() == pytest.approx(math.log(1e10))
+    assert np.log(scales(54, "increasing", 22.0, n=1e9)).sum() == pytest.approx(math.log(22))
 
 
 @pytest.mark.parametrize("layers, halvings", [(3, [1, 2]), (5, [2, 4]), (54, [18, 36]), (55, [19, 37])])
@@ -206,6 +207,21 @@ def test_the_rate_is_chosen_by_training_loss():
 # ------------------------------------------------------------------------------------------------------------ the script
 
 QUICK = ("--layers", 3, "--width", 8, "--epochs", 2, "--seeds", 2, "--init", "he normal")
+
+
+def test_the_theory_is_drawn_where_it_applies(tmp_path, monkeypatch):
+    arm = dict(init="he normal", scaling="unit", variance=1.0, seed=0, lr=0.1)
+    drawn = []
+    monkeypatch.setattr(depth_init, "theory", lambda arm, *_: drawn.append(arm.batch_norm) or (np.ones(2), np.ones(2)))
+    for network, activation, expected in (("fc", "relu", ["off"] * 2), ("conv", "relu", []), ("fc", "tanh", [])):
+        rows = [dict(arm, batch_norm=norm, epoch=1, test_accuracy=10.0, train_loss=1.0) for norm in ("off", "on")]
+        layers = [dict(arm, batch_norm=norm, epoch=0, layer=layer, quantity=quantity, mean_square=1.0,
+                       **{f"q{q}": 0.0 for q in (0.01, 0.25, 0.75, 0.99)})
+                  for norm in ("off", "on") for layer in (1, 2) for quantity in ("activation", "gradient", "weight")]
+        drawn.clear()
+        depth_init.draw_figures(rows, layers, dict(network=network, activation=activation, function="log", n=1.0, c=0.0),
+                                tmp_path)
+        assert drawn == expected
 
 
 def test_script_resume_and_plot_only(run, tmp_path):

@@ -147,6 +147,28 @@ def test_digits_start_with_he_and_not_with_half_the_variance():
     assert started["xavier normal"] == [None] * 4
 
 
+def test_a_network_is_tested_once_more_at_the_cap():
+    *tensors, classes = common.load_data("digits", None)
+    data = [tensor.flatten(1) if tensor.ndim > 1 else tensor for tensor in tensors] + [classes]
+    found = length_scales.steps_to_start(*length_scales.fully_connected("he normal", [40] * 5, 64, 10, 4, generator()), data,
+                                         arguments("--cap", 200, "--every", 300, "--lr", 0.05), generator())
+    assert found.count(200) >= 3
+
+
+def test_means_where_float32_ends_are_not_compared():
+    row = dict(part="lengths", quantity="M_d", theory=1.0, mean=1.0, bound_low=None)
+    rows = [{**row, "standard_error": error} for error in (0.1, 0.0, None, math.nan, math.inf)]
+    assert length_scales.summarise(rows)["means_within_4_standard_errors_of_theory"] == [1, 1]
+
+
+def test_a_start_is_more_than_guessing(capsys, monkeypatch, tmp_path):
+    images, labels = torch.zeros(10, 1, 4, 4, dtype=torch.uint8), torch.arange(10) % 5
+    monkeypatch.setattr(common, "load_data", lambda *_: (images, labels, images, labels, 5))
+    with pytest.raises(SystemExit):
+        length_scales.main(["--out", str(tmp_path / "a")])
+    assert "5 classes" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------------------ the script
 
 QUICK = ("--draws", 20, "--seeds", 2, "--cap", 20, "--depths", 3, 5, "--start-depths", 3, 5,

@@ -196,6 +196,8 @@ def test_statements_find_what_was_put_in():
 def test_no_statements_about_a_grid_that_cannot_answer():
     assert mlp_replicated.statements(synthetic(lambda n, k, noise: n, widths=(8, 16))) == []
     assert mlp_replicated.statements({}) == []
+    one_level_diverged = {cell: errors for cell, errors in synthetic(lambda n, k, noise: n).items() if cell[0] < 64 or cell[2] == 0}
+    assert mlp_replicated.statements(one_level_diverged) == []
 
 
 def test_few_features_that_one_width_alone_can_hold_are_left_out():
