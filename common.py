@@ -54,6 +54,15 @@ def interrupted(out):
     return 130
 
 
+def run(main):
+    """Exits with the status that main returns, or 130 after Ctrl-C while data are loaded or results drawn."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print(f"\n{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
 def parser(description):
     """argparse with wide help and one-line errors."""
     class Help(argparse.RawDescriptionHelpFormatter):

@@ -18,7 +18,6 @@ Exit status: 0 done, 2 bad input, 130 interrupted (finished parts are kept).
 import itertools
 import json
 import math
-import sys
 
 import numpy as np
 import torch
@@ -443,4 +442,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.run(main)

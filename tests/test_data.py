@@ -179,3 +179,15 @@ def test_processes_share_out_what_is_left(tmp_path, monkeypatch):
     did = []
     found = common.work({name: (name,) for name in "abcd"}, lambda name: did.append(name) or [2], tmp_path)
     assert did == ["d"] and found == {"a": [0], "b": [1], "c": [0], "d": [2]}
+
+
+def test_ctrl_c_outside_of_training_is_one_line(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        common.run(main)
+    assert stop.value.code == 130 and capsys.readouterr().err.endswith("interrupted\n")
+    with pytest.raises(SystemExit) as stop:
+        common.run(lambda: 3)
+    assert stop.value.code == 3
