@@ -50,7 +50,7 @@ def shell(*command, seconds, **environment):
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)   # what it started as well
             said, status = process.communicate()[0] + f"\nstopped after {seconds:.0f} seconds", None
-    return status, said.strip().splitlines()[-24:]
+    return status, re.sub(r"/\S+/", "", said).strip().splitlines()[-24:]   # no paths of the machine
 
 
 def build():
@@ -350,7 +350,7 @@ def table(result):
         for row in rows:
             cells = [row.get(key, "") for key in columns]
             lines.append("| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells) + " |")
-    return re.sub(r"/\S+/", "", "\n".join(lines)) + "\n"   # no paths of the machine
+    return "\n".join(lines) + "\n"
 
 
 PARTS = (build, tests, sanitizer, sums, exact, index_adds, layers, steps, channels, grid, training)
