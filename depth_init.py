@@ -146,7 +146,7 @@ def scales(layers, scaling, variance=22.0, function="power", n=2.0, c=0.0):
         def logs(log_1_k):   # of s_l; their sum grows with log(1 / k), from L/n ln(c) to infinity
             return np.logaddexp(np.log(depths) + log_1_k, math.log(c) if c > 0 else -math.inf) / n
 
-        high = 1e6 + n * (abs(math.log(variance)) + 1)
+        high = max(1e6, n * (abs(math.log(variance)) + 1))
         low = -high
         for _ in range(100):
             middle = (low + high) / 2

@@ -413,8 +413,8 @@ def main(argv=None):
     *tensors, classes = common.load_data(args.dataset, args.data_dir, args.image_size)
     data = [tensor.flatten(1).to(args.device) if tensor.ndim > 1 else tensor.to(args.device) for tensor in tensors]
     data += [classes]
-    common.need(classes > 5 or args.parts == ["lengths"], "--dataset", f"{args.dataset} of {classes} classes",
-                f"of 6 at least: to guess one of 5 is right {TARGET} % of the time, which counts as a start")
+    common.need(classes * TARGET > 100 or args.parts == ["lengths"], "--dataset",
+                f"{args.dataset} of {classes} classes", f"of more than {100 // TARGET}: a guess would count as a start")
     out = common.start_run(args, f"runs/length_scales/{args.dataset}", ("parts", "inits", "depths", "start_depths",
                                                                         "modules", "device"))
     pieces = {f"{part}, {setting}, {depth}": (part, setting, depth, measure)

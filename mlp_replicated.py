@@ -298,7 +298,7 @@ def statements(errors):
     seeds = len(next(iter(errors.values()), []))
     if low == high or len(widths) < 3 or len(features) < 3 or any(len(values) != seeds for values in errors.values()):
         return []
-    if {(n, noise) for n, _, noise in errors} < set(itertools.product(widths, (low, high))):   # where all have diverged
+    if not {*itertools.product(widths, (low, high))} <= {(n, noise) for n, _, noise in errors}:   # all diverged there
         return []
     cells = [(n, k) for n, k, noise in errors if noise == low and (n, k, high) in errors]
     by_k = {k: [n for n in widths if (n, k, low) in errors] for k in features}

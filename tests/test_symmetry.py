@@ -264,7 +264,7 @@ def test_divergence_is_exit_3_and_keeps_the_metrics(run, tmp_path):
 
 
 def test_a_recorded_run_that_diverges_is_replayed_all_the_same():
-    assert not all(map(math.isfinite, train(dict(order="arrival"), "--lr", 1e30, "--steps", 20)[-1]))
+    assert math.isnan(train(dict(order="arrival"), "--lr", 1e30, "--steps", 20)[-1][1])   # the spread
 
 
 @pytest.mark.parametrize("given,complaint", [
