@@ -30,9 +30,6 @@ constexpr int kTransposed = 256;                    // terms of an output up to 
 constexpr int kFew = 16;                            // groups up to which an output's are added one after the other
 constexpr int64_t kCached = 1 << 24;                // bytes of terms from which on they are read from memory
 
-template <class T>
-const T kNothing = T(-0.0f);
-
 INLINE int next_power_of_two(int64_t n) { return n <= 1 ? 1 : 2 << (63 - __builtin_clzll(uint64_t(n - 1))); }
 
 // sum[w] = the tree over ROWS rows at w = 0 ... width - 1. The sum may replace a row.
@@ -102,26 +99,6 @@ const T* row_of_nothing() {
   return row.data();
 }
 
-// n < kLanes terms, and nothing up to kLanes. `more`: eight or more terms follow, so that whole vectors can be read.
-template <class T>
-INLINE void pad(const T* x, int n, bool more, T* row) {
-  if constexpr (sizeof(T) >= 4)
-    if (more) {
-      typedef T Vector __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));
-      typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Place __attribute__((vector_size(32)));
-      constexpr int kWide = 32 / sizeof(T);
-      Place place = {0, 1, 2, 3};
-      if constexpr (kWide == 8) place = Place{0, 1, 2, 3, 4, 5, 6, 7};
-      for (int l = 0; l < kLanes; l += kWide) {
-        Vector v = -Vector{};
-        if (l < n) v = place < n - l ? *reinterpret_cast<const Vector*>(x + l) : v;
-        *reinterpret_cast<Vector*>(row + l) = v;
-      }
-      return;
-    }
-  std::fill(std::copy(x, x + n, row), row + kLanes, kNothing<T>);
-}
-
 // Calls use(row) where row(i) is row i < ROWS of at most ROWS * kLanes contiguous terms of one output. more: see pad().
 template <int ROWS, class T, class Use>
 INLINE auto with_rows(const T* x, int64_t n, bool more, const Use& use) {
@@ -129,7 +106,7 @@ INLINE auto with_rows(const T* x, int64_t n, bool more, const Use& use) {
   const T* row[ROWS];
   alignas(64) T last[kLanes];
   const int whole = ROWS > 1 ? int(n / kLanes) : 0;
-  pad(x + whole * kLanes, int(n) - whole * kLanes, more, last);
+  pad<kLanes>(x + whole * kLanes, int(n) - whole * kLanes, more, last);
   for (int i = 0; i < ROWS; ++i) row[i] = i < whole ? x + i * kLanes : i == whole ? last : row_of_nothing<T>();
   return use([&row](int i) __attribute__((always_inline)) { return row[i]; });
 }

@@ -40,12 +40,26 @@ typedef double FourDoubles __attribute__((vector_size(32), aligned(8), may_alias
 typedef float FourFloats __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t EightWords __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t FourWords __attribute__((vector_size(16), aligned(2), may_alias));
+typedef uint16_t SixteenHalves __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint16_t EightHalves __attribute__((vector_size(16), aligned(2), may_alias));
 typedef uint16_t FourHalves __attribute__((vector_size(8), aligned(2), may_alias));
 
 INLINE Doubles load(const double* x) { return *reinterpret_cast<const FourDoubles*>(x); }
 INLINE Doubles to_doubles(FourFloats x) { return Doubles{x[0], x[1], x[2], x[3]}; }   // one instruction of GCC 12's
 INLINE Doubles load(const float* x) { return to_doubles(*reinterpret_cast<const FourFloats*>(x)); }
+
+template <int UPPER>
+INLINE FourWords half(Words x) {
+  return __builtin_shufflevector(x, x, 4 * UPPER, 4 * UPPER + 1, 4 * UPPER + 2, 4 * UPPER + 3);
+}
+
+template <class V>
+INLINE void transpose(V (&v)[4]) {
+  const V a = __builtin_shufflevector(v[0], v[1], 0, 4, 2, 6), b = __builtin_shufflevector(v[0], v[1], 1, 5, 3, 7);
+  const V c = __builtin_shufflevector(v[2], v[3], 0, 4, 2, 6), d = __builtin_shufflevector(v[2], v[3], 1, 5, 3, 7);
+  v[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5), v[1] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+  v[2] = __builtin_shufflevector(a, c, 2, 3, 6, 7), v[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+}
 
 // The upper bits of |x|, which grow with it: all of a float's, half of a double's (in every second word).
 template <class A>
@@ -81,18 +95,27 @@ template <class T, bool LEAST = false>
 struct Sizes {
   Words largest = {};
   INLINE void note(const T* x) { largest = larger(largest, size_of(x)); }
+  INLINE void note_sixteen(const T* x) { note(x), note(x + 8); }
   INLINE Words most() const { return largest; }
   INLINE Words least() const { return Words{}; }
 };
 template <bool LEAST>
 struct Sizes<BFloat16, LEAST> {
   EightHalves largest = {}, smallest = ~EightHalves{};   // that less one, so that zero is not the smallest
+  SixteenHalves wide = {};
   INLINE void note(const BFloat16* x) {
     const EightHalves size = *reinterpret_cast<const EightHalves*>(x) & 0x7FFF;
     largest = larger(largest, size);
     if (LEAST) smallest = smaller(smallest, size - 1);
   }
-  INLINE Words most() const { return __builtin_convertvector(largest, Words) << 16; }
+  INLINE void note_sixteen(const BFloat16* x) {
+    wide = larger(wide, *reinterpret_cast<const SixteenHalves*>(x) & 0x7FFF);
+  }
+  INLINE Words most() const {
+    const EightHalves lower = __builtin_shufflevector(wide, wide, 0, 1, 2, 3, 4, 5, 6, 7);
+    const EightHalves upper = __builtin_shufflevector(wide, wide, 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_convertvector(larger(larger(lower, upper), largest), Words) << 16;
+  }
   INLINE Words least() const { return LEAST ? __builtin_convertvector(smallest, Words) >> 7 : Words{}; }
 };
 
@@ -181,7 +204,10 @@ struct Lanes {
     Sizes<T> sizes;
     std::copy_n(sum, 8, s);
     for (int row = 0; row < kRowsAtOnce; ++row)
-      for (int v = 0; v < 4; ++v, x += 8) add_any_eight(x, s[2 * v], s[2 * v + 1]), sizes.note(x);
+      for (int v = 0; v < 4; v += 2, x += 16) {
+        add_any_eight(x, s[2 * v], s[2 * v + 1]), add_any_eight(x + 8, s[2 * v + 2], s[2 * v + 3]);
+        sizes.note_sixteen(x);
+      }
     std::copy_n(s, 8, sum);
     note(0, sizes);
     return true;
@@ -278,57 +304,52 @@ struct Rounding {
     room = 53 - kDigits - std::bit_width(uint64_t(n));
   }
 
-  struct Interval {
-    double low, high;
-  };
-  INLINE Interval around(const Side& sums, int i) const {
-    double most, sum = sums.hi[i];
-    if constexpr (std::is_same_v<A, float>) most = double(std::bit_cast<float>(sums.most[i]));
-    else most = std::bit_cast<double>((int64_t{sums.most[i]} + 1) << 32);
-    const double rest = add_to(sum, sums.lo[i]), bound = most * share;
-    return {sum + (rest - bound), sum + (rest + bound)};
-  }
-
-  INLINE void round(const Side& sums, int i, T* out, int32_t* certain) const {
-    const Interval ends = around(sums, i);
-    const T low = narrow<T>(ends.low), high = narrow<T>(ends.high);
-    out[i] = low;
-    certain[i] = -(int(A(low) == A(high)) & int(A(low) != 0));   // never with NaN or an infinite sum of doubles
-  }
-
-  // Each of kSide sums rounded to out, and whether that is the exact sum's rounding for certain (~0) or not (0).
+  // Each of kSide sums rounded to out, and whether that is the exact sum's rounding for certain (~0, never with NaN or an
+  // infinite sum of doubles) or not (0).
   INLINE void operator()(const Side& sums, T* out, int32_t* certain) const {
-    if constexpr (std::is_same_v<T, A>) {
-      for (int i = 0; i < kSide; ++i) round(sums, i, out, certain);
-    } else {   // to nearest, ties to even, in the bits of a double: right where T is not subnormal
-      constexpr int kCut = 53 - kDigits;
-      constexpr double kNormal = kBrain ? 0x1p-126 : 0x1p-14;
-      float rounded[kSide];
-      const auto cut = [](Doubles x) __attribute__((always_inline)) {
-        typedef uint64_t Raw __attribute__((vector_size(32)));
-        const Raw bits = Raw(x);
-        return Doubles((bits + (bits >> kCut & 1) + (uint64_t{1} << (kCut - 1)) - 1) >> kCut << kCut);
+    for (int i = 0; i < kSide; i += 4) {
+      const auto words = [i](const int32_t* x) __attribute__((always_inline)) {
+        return *reinterpret_cast<const FourWords*>(x + i);
       };
-      for (int i = 0; i < kSide; i += 4) {
-        const auto words = [i](const int32_t* x) __attribute__((always_inline)) {
-          return *reinterpret_cast<const FourWords*>(x + i);
+      Doubles sum = load(sums.hi + i), largest;
+      const Doubles rest = add_to(sum, load(sums.lo + i));
+      const FourWords most = words(sums.most);
+      if constexpr (std::is_same_v<T, double>) largest = Doubles((__builtin_convertvector(most, Bits) + 1) << 32);
+      else largest = to_doubles(FourFloats(most));
+      Doubles bound = largest * share;
+      if constexpr (std::is_same_v<T, A>) {
+        typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+        const Four low = __builtin_convertvector(sum + (rest - bound), Four);
+        const Four high = __builtin_convertvector(sum + (rest + bound), Four);
+        *reinterpret_cast<Four*>(out + i) = low;
+        *reinterpret_cast<FourWords*>(certain + i) = __builtin_convertvector((low == high) & (low != 0), FourWords);
+      } else {   // to nearest, ties to even, in the bits of a double: right where T is not subnormal
+        constexpr int kCut = 53 - kDigits;
+        constexpr double kNormal = kBrain ? 0x1p-126 : 0x1p-14;
+        const auto cut = [](Doubles x) __attribute__((always_inline)) {
+          typedef uint64_t Raw __attribute__((vector_size(32)));
+          const Raw bits = Raw(x);
+          return Doubles((bits + (bits >> kCut & 1) + (uint64_t{1} << (kCut - 1)) - 1) >> kCut << kCut);
         };
-        Doubles sum = load(sums.hi + i);
-        const Doubles rest = add_to(sum, load(sums.lo + i));
-        const FourWords most = words(sums.most), least = larger(words(sums.least), FourWords{} + kLeast);
+        const FourWords least = larger(words(sums.least), FourWords{} + kLeast);
         const Bits holds = __builtin_convertvector((most >> 23) - least <= room, Bits);
-        const Doubles bound = Doubles(Bits(to_doubles(FourFloats(most)) * share) & ~holds);
+        bound = Doubles(Bits(bound) & ~holds);
         const Doubles low = sum + (rest - bound), near = cut(low), size = Doubles(Bits(near) & INT64_MAX);
         const Bits sure = (low == low) & (size >= kNormal) & (near == cut(sum + (rest + bound)));
         const FourFloats floats = __builtin_convertvector(near, FourFloats);
-        if (kBrain) *reinterpret_cast<FourHalves*>(out + i) = __builtin_convertvector(FourWords(floats) >> 16, FourHalves);
-        else *reinterpret_cast<FourFloats*>(rounded + i) = floats;
+        for (int k = 0; k < 4; ++k) out[i + k] = T(floats[k]);
         *reinterpret_cast<FourWords*>(certain + i) = __builtin_convertvector(sure, FourWords);
       }
-      for (int i = 0; i < kSide && !kBrain; ++i) out[i] = T(rounded[i]);
-      for (int i = 0; i < kSide; ++i)
-        if (!certain[i]) round(sums, i, out, certain);
     }
+    for (int i = 0; i < kSide && !std::is_same_v<T, A>; ++i)
+      if (!certain[i]) round(sums, i, out, certain);
+  }
+  INLINE void round(const Side& sums, int i, T* out, int32_t* certain) const {   // the same of one sum to any half
+    double sum = sums.hi[i];
+    const double rest = add_to(sum, sums.lo[i]), bound = double(std::bit_cast<float>(sums.most[i])) * share;
+    const T low = narrow<T>(sum + (rest - bound)), high = narrow<T>(sum + (rest + bound));
+    out[i] = low;
+    certain[i] = -(int(A(low) == A(high)) & int(A(low) != 0));
   }
 
   // Zeros add up to a negative one if all of them are, as hi was at the start.
@@ -434,6 +455,7 @@ struct ExactSum {
   mutable std::vector<Strip> open = {};
 
   const T* terms_of(int64_t output) const {
+    if (r.inner == 1) return x + output * r.outer_stride;   // a division takes as long as many terms
     return x + output / r.inner * r.outer_stride + output % r.inner * r.inner_stride;
   }
   int here(int64_t output, int most) const {
@@ -464,6 +486,11 @@ struct ExactSum {
         else if (r.terms > kTies) sums.template add<kStreams, false>(at, vectors);
         else sums.template add<kStreams, true>(at, vectors);
       };
+      // The next rows are elsewhere in memory, where the processor would not look ahead.
+      if (across && !r.rows && !kDirect)
+        for (int64_t k = 0; k < std::min<int64_t>(some, rows - row - some); ++k)
+          for (int64_t b = 0; b < int64_t(outputs * sizeof(T)); b += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(first + (t + some + k) * r.term_stride) + b);
       if (add_at_once()) {
         some = kRowsAtOnce;
       } else if (straight && (across ? outputs == lanes : t + some * lanes <= end)) {
@@ -490,27 +517,43 @@ struct ExactSum {
   INLINE void add_side_any(int64_t output) const { r.terms > kTies ? add_side<false>(output) : add_side<true>(output); }
   template <bool LEAST>
   INLINE void add_side(int64_t output) const {
-    const int outputs = int(std::min<int64_t>(kSide, r.outputs() - output));
-    constexpr int kEach = Lanes<A>::kEach, kWords = 8 / kEach;   // of Words for a lane
+    const int64_t terms = r.terms, stride = r.term_stride, last = r.outputs() - 1;   // here no store can change them
+    const int64_t next = r.inner == 1 ? std::max<int64_t>(0, r.outer_stride) : 0;    // output, after so many terms
+    const int outputs = int(std::min<int64_t>(kSide, last + 1 - output));
+    constexpr int kEach = Lanes<A>::kEach;
     Place sums = {};
-    for (int w = 0; w < outputs; ++w) {
-      const T* first = terms_of(output + w);
-      Doubles sum[kVectors], errors[kVectors] = {};   // hardly any of floats
-      Sizes<B, LEAST> sizes;
-      B buffer[kWidth];
-      for (Doubles& s : sum) s = -Doubles{};
-      for (int64_t t = 0; t < r.terms; t += kWidth) {
-        const B* x = lay_out(term(first, t), int(std::min<int64_t>(kWidth, r.terms - t)), buffer);
-        if constexpr (std::is_same_v<A, float>) add_eight(x, sum[0], sum[1]);
-        else
-          for (int v = 0; v < kVectors; ++v) errors[v] += add_to(sum[v], load(x + 4 * v));
-        for (int l = 0; l < kWidth; l += kEach) sizes.note(x + l);
+    for (int w = 0; w < outputs; w += 4) {   // four at a time, whose lanes are then added up side by side
+      Doubles hi[4], lo[4];
+      FourWords most[4], least[4];
+      for (int o = 0; o < 4; ++o) {
+        const int64_t one = output + std::min(w + o, outputs - 1);
+        const T* const first = terms_of(one);
+        const int64_t readable = stride == 1 ? terms + (one < last ? next : 0) : 0;
+        Doubles sum[kVectors], errors[kVectors] = {};   // hardly any of floats
+        Sizes<B, LEAST> sizes;
+        for (Doubles& s : sum) s = -Doubles{};
+        for (int64_t t = 0; t < terms; t += kWidth) {
+          B buffer[kWidth];
+          const int some = int(std::min<int64_t>(kWidth, terms - t));
+          const B* const x = eight(first + t * stride, some, stride, t + kWidth <= readable, buffer);
+          if constexpr (std::is_same_v<A, float>) add_eight(x, sum[0], sum[1]);
+          else
+            for (int v = 0; v < kVectors; ++v) errors[v] += add_to(sum[v], load(x + 4 * v));
+          for (int l = 0; l < kWidth; l += kEach) sizes.note(x + l);
+        }
+        hi[o] = sum[0], lo[o] = errors[0] + (add_to(hi[o], sum[1]) + errors[1]);
+        most[o] = larger(half<0>(sizes.most()), half<1>(sizes.most()));
+        least[o] = smaller(half<0>(sizes.least()), half<1>(sizes.least()));
       }
-      Running all = sum_of_lanes(sum, errors, kVectors);
-      const Words most = sizes.most(), least = sizes.least();
-      for (int l = kWords - 1; l < 8; l += kWords)
-        all.most = std::max(all.most, most[l]), all.least = std::min(all.least, least[l]);
-      sums.set(w, all);
+      transpose(hi), transpose(lo), transpose(most), transpose(least);
+      for (int l = 1; l < 4; ++l) lo[0] += add_to(hi[0], hi[l]) + lo[l];
+      constexpr int kWords = 8 / kEach;   // of Words for a lane, of which the last has the upper bits
+      for (int l = kWords - 1; l < 4; l += kWords) {
+        most[kWords - 1] = larger(most[kWords - 1], most[l]), least[kWords - 1] = smaller(least[kWords - 1], least[l]);
+      }
+      *reinterpret_cast<FourDoubles*>(sums.hi + w) = hi[0], *reinterpret_cast<FourDoubles*>(sums.lo + w) = lo[0];
+      *reinterpret_cast<FourWords*>(sums.most + w) = most[kWords - 1];
+      *reinterpret_cast<FourWords*>(sums.least + w) = least[kWords - 1];
     }
     settle(output, outputs, sums);
   }
@@ -559,6 +602,22 @@ struct ExactSum {
     }
     result = narrow<T>(sum + rest);
     return true;
+  }
+
+  // n <= kWidth numbers, and -0.0 up to kWidth: where they lie or in the buffer. more: see pad().
+  INLINE static const B* eight(const T* from, int n, int64_t stride, bool more, B* buffer) {
+    T padded[kWidth];
+    if (n < kWidth && more) {
+      pad<kWidth>(from, n, true, padded);
+      from = padded;
+    } else if (n < kWidth || stride != 1) {
+      for (int l = 0; l < kWidth; ++l) padded[l] = l < n ? from[l * stride] : kNothing<T>;
+      from = padded;
+    }
+    if constexpr (kDirect)
+      if (from != padded) return from;
+    for (int l = 0; l < kWidth; ++l) buffer[l] = B(from[l]);
+    return buffer;
   }
 
   // n numbers, and -0.0 up to `lanes`: where they lie or in the buffer.

@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <bit>
 #include <optional>
 
 #include "order.h"
@@ -84,13 +85,36 @@ Reduction ordered(int64_t order, bool per_output, int64_t seed, const std::optio
 Tensor sum_on_cpu(const Tensor& x, int64_t dims, bool keepdim, int64_t splits, int64_t order, bool per_output,
                   int64_t seed, const std::optional<Tensor>& step, int64_t op);
 
+#ifdef __CUDACC__
+using torch::headeronly::Half;
+#else
+// PyTorch's with conversions that compilers vectorize: without branches, choosing by masks.
+struct Half : torch::headeronly::Half {
+  Half() = default;
+  Half(float value) {   // rounds to nearest, ties to even
+    const int32_t bits = std::bit_cast<int32_t>(value), size = bits & 0x7FFFFFFF;
+    const int32_t normal = (int32_t(uint32_t(size) + 0xFFF + (size >> 13 & 1)) >> 13) - (112 << 10);
+    const int32_t small = std::bit_cast<int32_t>(std::bit_cast<float>(size) + 0.5f) - 0x3F000000;   // in units of 2^-24
+    const int32_t is_small = -(size < 0x38800000), is_nan = -(size > 0x7F800000);
+    const int32_t finite = (small & is_small) | (normal & ~is_small), most = -(size >= 0x477FF000);   // 65520
+    x = uint16_t((((finite & ~most) | (0x7C00 & most)) | (0x7E00 & is_nan)) | (bits >> 16 & 0x8000));
+  }
+  operator float() const {
+    const int32_t size = x & 0x7FFF, sign = int32_t(int16_t(x)) & INT32_MIN;
+    const int32_t normal = (size << 13) + (112 << 23) + (-(size >= 0x7C00) & 112 << 23);
+    const int32_t small = std::bit_cast<int32_t>(float(size) * 0x1p-24f), is_small = -(size < 0x400);
+    return std::bit_cast<float>((small & is_small) | (normal & ~is_small) | sign);
+  }
+};
+#endif
+
 // Calls f with a value of the C++ type.
 template <class F>
 void for_type(ScalarType type, const F& f) {
   switch (type) {
     case ScalarType::Float: return f(float());
     case ScalarType::Double: return f(double());
-    case ScalarType::Half: return f(torch::headeronly::Half());
+    case ScalarType::Half: return f(Half());
     case ScalarType::BFloat16: return f(torch::headeronly::BFloat16());
     default: STD_TORCH_CHECK(false, "ordered_reduce is not implemented for this dtype");
   }

@@ -1,6 +1,11 @@
 // Functions of the CPU that are compiled twice on x86-64: for any processor and for those with AVX2.
 #pragma once
 
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <type_traits>
+
 // What such a function calls has to be compiled with it.
 #define INLINE inline __attribute__((always_inline))
 
@@ -16,3 +21,31 @@
 #define TWICE(result, name, declared, given) \
   result name declared const { return name##_any given; }
 #endif
+
+namespace ordered {
+
+template <class T>
+const T kNothing = T(-0.0f);
+
+// n < LANES terms, and nothing up to LANES. `more`: after the terms so much of memory can be read that it makes whole
+// vectors, of eight terms or less.
+template <int LANES, class T>
+INLINE void pad(const T* x, int n, bool more, T* row) {
+  if (more) {
+    using Bits = std::conditional_t<sizeof(T) == 2, int16_t, std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
+    constexpr int kWide = sizeof(T) == 8 ? 4 : 8;
+    typedef Bits Vector __attribute__((vector_size(kWide * sizeof(T)), aligned(sizeof(T)), may_alias));
+    Vector place = {0, 1, 2, 3};
+    if constexpr (kWide == 8) place = Vector{0, 1, 2, 3, 4, 5, 6, 7};
+    const Vector nothing = Vector{} + std::bit_cast<Bits>(kNothing<T>);
+    for (int l = 0; l < LANES; l += kWide) {
+      Vector v = nothing;
+      if (l < n) v = place < Bits(n - l) ? *reinterpret_cast<const Vector*>(x + l) : v;
+      *reinterpret_cast<Vector*>(row + l) = v;
+    }
+    return;
+  }
+  std::fill(std::copy(x, x + n, row), row + LANES, kNothing<T>);
+}
+
+}  // namespace ordered

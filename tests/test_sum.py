@@ -64,7 +64,8 @@ def test_many_outputs_equal_the_reference(device, arguments):
     for shape, dtype, splits in [((9, 700), single, 8), ((100, 75), single, 8), ((100, 75), double, 8), ((7, 41), double, 8),
                                  ((250, 41), single, 8), ((700, 70), single, 8), ((3000, 300), single, 8),
                                  ((256, 19), single, 8), ((1024, 9), single, 8), ((2048, 9), single, 8),   # groups of whole rows
-                                 ((576, 9), single, 9), ((640, 10), double, 5), ((2240, 9), single, 70)]:
+                                 ((576, 9), single, 9), ((640, 10), double, 5), ((2240, 9), single, 70),
+                                 ((784, 41), torch.float16, 8), ((100, 41), torch.bfloat16, 8)]:
         x = noise(*shape, dtype=dtype)
         expected = reference.ordered_sum(x, splits, **arguments)
         assert same_bits(ordered_reduce.sum(x.to(device), 0, splits=splits, **arguments), expected)
@@ -284,6 +285,15 @@ def test_opcheck(device, order):
         arguments = (dims, keepdim, 3, ordered_reduce.ops.ORDERS.index(order), True, 1, torch.tensor(2), 3)
         torch.library.opcheck(torch.ops.ordered_reduce.sum.default, (x, *arguments))
         torch.library.opcheck(torch.ops.ordered_reduce.sum_forward.default, (x.detach(), *arguments))
+
+
+def test_halves_are_converted_as_pytorch_converts_them(device):
+    every = torch.arange(-(1 << 15), 1 << 15).short().view(torch.float16).to(device)
+    assert same_bits(ordered_reduce.sum(every[:, None], 1), every)
+    other = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).to(device)]
+    pairs = torch.stack([torch.cat([every, every]), torch.cat([other, other / 1024])])   # ties, subnormals, overflow
+    assert same_bits(ordered_reduce.sum(pairs, 0, splits=2), pairs.float().sum(0).half())
+    assert same_bits(ordered_reduce.sum(pairs.t().contiguous(), 1, splits=2), pairs.float().sum(0).half())
 
 
 @pytest.mark.parametrize("dims", [0b100, 1 << 40, -2])
