@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import ordered_reduce
@@ -188,7 +189,7 @@ def failures(report, check):
     return [(row["operation"], row["pass"], row["failures"][check]) for row in report if check in row["failures"]]
 
 
-@pytest.mark.parametrize("answer", [lambda x: None, lambda x: 1.0, Answer, lambda x: Answers(value=x)])
+@pytest.mark.parametrize("answer", [lambda x: None, Answer, lambda x: Answers(value=x)])
 def test_an_output_that_cannot_be_seen_gets_a_row_of_dashes(answer):
     silent = Do(lambda self, x: answer(x * self.scale), scale=torch.ones(16))
     model = Do(lambda self, x: (self.silent(x), self.linear(x))[1], silent=silent, linear=nn.Linear(16, 16))
@@ -342,6 +343,74 @@ def test_inputs_of_every_kind():
     assert [row["repeats"] for row in conjugate] == ["no"]
     with pytest.raises(ValueError, match="input must hold a tensor.* got 3"):
         ordered_reduce.audit(Do(lambda self, x: x), 3)
+
+
+def jitter(self, x):
+    return x + 1e-6 * torch.from_numpy(self.generator.normal(size=x.shape)).float()
+
+
+def test_a_number_that_varies_is_named():
+    sampled = Do(lambda self, x: (x * 1, self.generator.random()), generator=np.random.default_rng())
+    model = Do(lambda self, x: self.linear(x) * (1 + self.sampled(x)[1]), sampled=sampled, linear=nn.Linear(16, 16))
+    report = ordered_reduce.audit(model, torch.randn(6, 16))
+    rows = rows_of(report, "sampled (Do)")
+    assert rows["numbers"]["repeats"] == "no" and rows["forward"]["repeats"] == "yes"
+
+
+def test_what_is_shared_is_blamed_alone():
+    noise = Do(jitter, generator=np.random.default_rng())
+    blocks = [Do(lambda self, x: self.noise(self.linear(x)), noise=noise, linear=nn.Linear(16, 16)) for _ in range(2)]
+    report = ordered_reduce.audit(nn.Sequential(*blocks), torch.randn(6, 16))
+    assert {row["operation"] for row in report if row["repeats"] == "no"} == {"0.noise (Do)", "the whole model (Sequential)"}
+
+
+def test_a_models_own_hooks_run_once():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    model[0].register_forward_pre_hook(lambda module, args: (args[0]["x"],))
+    report = ordered_reduce.audit(model, ({"x": torch.randn(6, 16)},))
+    assert not failures(report, "error") and rows_of(report, "0 (Linear)")["gradient of weight"]["repeats"] == "yes"
+
+
+def test_transforms_of_torch_func_end_no_audit():
+    model = Do(lambda self, x: torch.func.vmap(torch.func.grad(lambda row: self.net(row).sum()))(x),
+               net=nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1)))
+    report = ordered_reduce.audit(model, torch.randn(6, 16))
+    assert report and not failures(report, "repeats")
+
+
+def test_two_dropouts_are_no_matter_of_the_batch():
+    block = Do(lambda self, x: self.b(self.a(x)), a=nn.Dropout(), b=nn.Dropout())
+    report = ordered_reduce.audit(nn.Sequential(nn.ReLU(), block), torch.randn(6, 16))
+    assert not failures(report, "batch") and rows_of(report, "1.b (Dropout)")["forward"]["batch"] == "yes"
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.mul_(2)
+
+
+def test_a_backward_may_write_to_its_gradient():
+    report = ordered_reduce.audit(nn.Sequential(nn.Linear(16, 16), Do(lambda self, x: Doubled.apply(x))), torch.randn(6, 16))
+    assert not failures(report, "repeats")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_device_may_be_named_for_any_model():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(16, 4)))
+    model(torch.randn(6, 16))
+    assert ordered_reduce.audit(model, torch.randn(6, 16), device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("wrap", [torch.jit.script, nn.DataParallel])
+def test_what_cannot_be_looked_into_is_refused(wrap):
+    with pytest.raises(ValueError, match="model must be"):
+        ordered_reduce.audit(wrap(nn.Linear(4, 4)), torch.ones(2, 4))
 
 
 def test_the_command_does_not_hide_the_function():
@@ -522,7 +591,7 @@ def test_training_names_what_does_not_repeat(device):
     assert found["repeats"] == {"step": 0, "module": "6", "pass": "output"}
     assert found["apart"].items() >= {"step": 0, "module": "6", "pass": "output"}.items()
     other_data = ordered_reduce.audit_training(symmetric(device, batches=lambda: random(1)), 2)
-    assert other_data["repeats"] == {"step": 0, "module": "0", "pass": "input"}
+    assert other_data["repeats"] == {"step": 0, "module": "", "pass": "input"}
 
     def other_weights(model):
         model[2].weight.data += random(1)
@@ -650,6 +719,101 @@ def test_training_with_copies_of_nan_and_a_wrong_order():
     assert ordered_reduce.audit_training(build, 1) == NOTHING
     with pytest.raises(ValueError, match="order must be one of .* got 'bogus'"):
         ordered_reduce.audit_training(lambda: pytest.fail("it ran"), 1, order="bogus")
+
+
+def training(model, x=None, loss=lambda out: out.square().mean()):
+    def make():
+        made = model()
+        optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+
+        def step(number):
+            optimizer.zero_grad()
+            loss(made(torch.randn(6, 16) if x is None else x())).backward()
+            optimizer.step()
+
+        return made, step
+
+    return make
+
+
+def test_training_hands_on_what_modules_write_to():
+    def gated(self, x, aux, cache):
+        out = x * self.scale
+        aux.append(out.square().mean() * (1 + self.generator.random()))
+        cache["x"] = x
+        return out
+
+    def model():
+        gate = Do(gated, scale=torch.ones(16), generator=np.random.default_rng())
+        return Do(lambda self, x: (self.linear(self.gate(x, aux := [], cache := {})) + cache["x"], aux), gate=gate,
+                  linear=nn.Linear(16, 16))
+
+    make = training(model, loss=lambda out: out[0].square().mean() + sum(out[1]))
+    assert ordered_reduce.audit_training(make, 2)["repeats"] == {"step": 0, "module": "gate", "pass": "gradient of scale"}
+
+
+def test_training_tells_batches_from_a_models_own_noise():
+    generator = np.random.default_rng()
+
+    def own():
+        return Do(lambda self, x: self.linear(jitter(self, x)), linear=nn.Linear(16, 4), generator=generator)
+
+    def parametrized():
+        return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 4))
+
+    def batch():
+        return torch.randn(6, 16) + generator.random()
+
+    audit = ordered_reduce.audit_training
+    assert audit(training(own), 2)["repeats"] == {"step": 0, "module": "linear", "pass": "input"}
+    assert audit(training(own, batch), 2)["repeats"] == {"step": 0, "module": "", "pass": "input"}
+    assert audit(training(lambda: nn.Linear(16, 4), batch), 2)["repeats"] == {"step": 0, "module": "", "pass": "input"}
+    assert audit(training(parametrized, batch), 2)["repeats"] == {"step": 0, "module": "", "pass": "input"}
+
+
+def test_training_notices_a_seed_of_whole_seconds():
+    def model():
+        torch.manual_seed(int(time.time()))
+        return nn.Linear(16, 4)
+
+    assert ordered_reduce.audit_training(training(model), 1)["repeats"]["pass"].startswith("initial ")
+
+
+def test_training_judges_no_weight_whose_gradient_it_has_not_seen():
+    def make():   # a constant scale, whose gradient differs from channel to channel by design
+        model = Do(lambda self, x: self.linear(F.gelu(x * self.scale)), scale=torch.ones(16), linear=nn.Linear(16, 4))
+
+        def step(number):
+            gradients = torch.autograd.grad(model(torch.randn(6, 16)).square().mean(), list(model.parameters()))
+            with torch.no_grad():
+                for p, grad in zip(model.parameters(), gradients, strict=True):
+                    p.sub_(1e-3 * grad)
+
+        return model, step
+
+    assert ordered_reduce.audit_training(make, 2)["apart"] is None
+
+
+def test_training_may_save_its_model_and_mark_its_tensors(tmp_path):
+    def marked(self, x):
+        out = x * self.scale
+        out.tag = 3
+        return out
+
+    model = nn.Sequential(Do(marked, scale=torch.ones(16)), nn.Linear(16, 4))
+    tags = []
+
+    def make():
+        made = copy.deepcopy(model)
+
+        def step(number):
+            tags.append(made[0](torch.ones(2, 16)).tag)
+            torch.save(made[1], tmp_path / "model.pt")
+            made(torch.randn(6, 16)).square().mean().backward()
+
+        return made, step
+
+    assert ordered_reduce.audit_training(make, 1)["repeats"] is None and set(tags) == {3}
 
 
 def test_training_names_a_buffer():

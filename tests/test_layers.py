@@ -550,3 +550,12 @@ def test_functional_errors_are_pytorchs():
         ordered_reduce.convert(network()).load_state_dict({"step": -5})
     with pytest.raises(ValueError, match="order.*'x'"):
         ordered_reduce.linear(torch.randn(2, 3), torch.randn(4, 3), order="x")
+
+
+def test_linear_by_keyword_and_what_has_no_batch_to_cut():
+    plain, x = nn.Linear(6, 4), torch.eye(6).to_sparse()
+    layer = copy.deepcopy(plain)
+    ordered_reduce.convert(layer, "shuffled")
+    for one in (plain, layer):
+        one(input=x).square().sum().backward()
+    assert torch.equal(plain.weight.grad, layer.weight.grad)

@@ -55,6 +55,7 @@ class Case:
     channels: Callable       # (name, tensor) -> the dimensions along which equal channels must agree
     batch: Callable          # (name, tensor) -> the dimension of the samples, or None
     lenient: tuple = ()      # names whose channels may differ by design: only differences as small as rounding's count
+    parts: bool = False      # made of others: of few samples the second draws other random numbers than of many
 
 
 def bits(t):
@@ -114,36 +115,47 @@ def _dense(t):
 
 
 def _run(case, tensors, given=None, seed=0):
-    """({pass: [tensors]}, the gradients given to the outputs: drawn where none are given). Gradients that do not fit
-    the outputs are given to none."""
+    """({pass: [tensors]}, the gradients given to the outputs: drawn where none are given; whether it drew anything).
+    Gradients that do not fit the outputs are given to none."""
     leaves = {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in tensors.items()}
 
     def differentiate(result):   # while a module has these tensors: a checkpoint runs parts of it once more
         outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         passes = {"forward": [_dense(t) for t in outputs]}
+        values = [float(value) for value in tree_leaves(result) if isinstance(value, numbers.Real)]
+        if values:   # beside the tensors
+            passes["numbers"] = [torch.tensor(values, dtype=torch.float64)]
         drawn = [torch.randn_like(t) if t.requires_grad else None for t in outputs] if given is None else given
         if [g is not None and g.shape for g in drawn] != [t.requires_grad and t.shape for t in outputs]:
             return passes, drawn
         heads = [(t, g) for t, g in zip(outputs, drawn, strict=True) if t.requires_grad]
         wanted = [name for name, t in leaves.items() if t.requires_grad]
         if heads and wanted:
-            got = torch.autograd.grad([t for t, _ in heads], [leaves[name] for name in wanted], [g for _, g in heads],
-                                      allow_unused=True)
+            got = torch.autograd.grad([t for t, _ in heads], [leaves[name] for name in wanted],
+                                      [g.clone() for _, g in heads], allow_unused=True)   # a backward may write to them
             passes |= {f"gradient of {name}": [_dense(g)] for name, g in zip(wanted, got, strict=True) if g is not None}
         return passes, drawn
 
+    def generators():
+        return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
     with seeded(seed), torch.enable_grad():
-        return case.function(differentiate, **{name: t.clone() for name, t in leaves.items()})   # it may write to them
+        before = generators()
+        found = case.function(differentiate, **{name: t.clone() for name, t in leaves.items()})   # it may write to them
+        return *found, not all(map(torch.equal, before, generators()))
 
 
 def check(case, seed=0, repeats=REPEATS):
     """{pass: {check: None where it holds, else the case and the difference}}; checks that do not apply are left out."""
-    first, gradients = _run(case, case.tensors, seed=seed)
+    first, gradients, _ = _run(case, case.tensors, seed=seed)
+    draws = False
     found = {p: {} for p in first}
     device = next((t.device for t in (*case.tensors.values(), *first["forward"])), torch.device("cpu"))
 
     def run(tensors=case.tensors, gradients=gradients):
-        return _run(case, tensors, gradients, seed)[0]
+        nonlocal draws
+        found, _, draws = _run(case, tensors, gradients, seed)
+        return found
 
     def note(which, p, a, b, where=""):
         if found.setdefault(p, {}).get(which) is None:
@@ -183,7 +195,7 @@ def check(case, seed=0, repeats=REPEATS):
     batched = {name: case.batch(name, t) for name, t in case.tensors.items()}
     sizes = {t.shape[batched[name]] for name, t in case.tensors.items() if batched[name] is not None}
     cut = [case.batch("output", t) is not None for t in first["forward"]]
-    if len(sizes) == 1 and any(cut):
+    if len(sizes) == 1 and any(cut) and not (case.parts and draws):
         whole = sizes.pop()
         # Where an output is one number for the whole batch, a mean, gradients depend on the batch's size by definition.
         asked = [p for p in first if p == "forward" or all(c or g is None for c, g in zip(cut, gradients, strict=True))]
@@ -245,12 +257,16 @@ class _Then(nn.Module):
         return then(self.module(*args, **kwargs))
 
 
-def _copied(module):
-    """A copy, with what the module has kept from its calls but without that one's history; itself, where it holds what
-    cannot be copied, such as a lock."""
+def _copy(module):
+    """A copy, with what the module has kept from its calls but without that one's history."""
     kept = [v for m in module.modules() for v in tree_leaves(vars(m)) if isinstance(v, torch.Tensor) and v.grad_fn]
+    return copy.deepcopy(module, {id(v): v.detach().clone() for v in kept})
+
+
+def _copied(module):
+    """The same, or the module itself, where it holds what cannot be copied, such as a lock."""
     try:
-        return copy.deepcopy(module, {id(v): v.detach().clone() for v in kept})
+        return _copy(module)
     except Exception:   # whatever its parts raise
         return module
 
@@ -313,7 +329,8 @@ def _module_cases(module, args, kwargs, container, weight, gradients):
     if some is not None and some.shape.count(size) > 1 and sum(batch(*item) is not None for item in inputs.items()) > 1:
         size = None   # (T, T) masks of T samples: which inputs hold samples cannot be told
     mixes = container or isinstance(module, nn.MultiheadAttention) or getattr(module, "bidirectional", False)
-    yield Case("", function, {**inputs, **held}, channels, batch, (*held, *inputs, "output") if mixes else tuple(held))
+    lenient = (*held, *inputs, "output") if mixes else tuple(held)
+    yield Case("", function, {**inputs, **held}, channels, batch, lenient, container)
 
 
 def audit(model, input, *, device=None, seed=0, repeats=REPEATS):
@@ -328,7 +345,8 @@ def audit(model, input, *, device=None, seed=0, repeats=REPEATS):
     Args:
       model: nn.Module. It is left as it was, since a copy is run (the model itself only where Python cannot copy it,
         with other parameters and buffers: what else it keeps from a call stays then).
-      input: its input; a tuple for several positional arguments, a dict for keyword arguments. It is not written to.
+      input: its input; a tuple for several positional arguments, a dict for keyword arguments. It is not written to,
+        but for tensors in objects that PyTorch's pytrees do not see into.
         The first dimension is the samples (the second where a module has batch_first=False), the second the channels
         (the last for linear layers, layer norms, embeddings, attention, and three-dimensional tensors that are not a
         1-d convolution's).
@@ -347,17 +365,22 @@ def audit(model, input, *, device=None, seed=0, repeats=REPEATS):
     Besides, "-" stands where a module run alone raises something (the row names it), where its outputs are no tensors
     that PyTorch's pytrees see, where equal channels or fewer samples take another branch, and under "batch" where one
     of several inputs may hold samples or not, another dimension being as long as the batch: (T, T) masks of T samples.
-    Scripted modules have no rows; the modules that they are part of have.
+    So it does under "batch" for modules made of others that draw random numbers. Scripted modules have no rows, nor
+    have those that are called within torch.func's transforms alone; the modules that they are part of have. Numbers
+    that a module returns have a row of their own. Not seen are noise in the hooks of parameters, parameters that a
+    module keeps in a list of Python's, and what depends on the clock, such as a seed of whole seconds.
 
-    Raises what the model raises, TypeError where model is no module, and ValueError where there is no tensor at all or
-    repeats is no integer of at least 2.
+    Raises what the model raises, TypeError where model is no module, and ValueError for a scripted model or a
+    DataParallel, where there is no tensor at all, or repeats is no integer of at least 2.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"audit(): argument 'model' must be Module, not {type(model).__name__}")
+    if isinstance(model, (torch.jit.ScriptModule, nn.DataParallel)):
+        raise ValueError(f"model must be what was scripted or is held in .module; got a {type(model).__name__}")
     if not isinstance(repeats, numbers.Integral) or repeats < 2:
         raise ValueError(f"repeats must be an integer of at least 2; got {repeats!r}")
     args, kwargs = ((), input) if isinstance(input, dict) else (input if type(input) is tuple else (input,), {})
-    model = _copied(model) if device is None else copy.deepcopy(model).to(device)
+    model = _copied(model) if device is None else _copy(model).to(device)
     if device is not None:
         args, kwargs = each_once(lambda t: t.to(device), (args, kwargs))
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -371,15 +394,16 @@ def audit(model, input, *, device=None, seed=0, repeats=REPEATS):
     def given(t):
         return t.detach().clone().requires_grad_(t.requires_grad)
 
-    def remember(name, module, args, kwargs):
-        if name not in calls:
+    def remember(name, module, args, kwargs):   # within a transform of torch.func there are no tensors to keep
+        if name not in calls and not torch._C._are_functorch_transforms_active():
             calls[name] = each_once(given, (args, kwargs))
 
     modules, hooks = dict(model.named_modules()), []
     try:
         for name, module in modules.items():
             if not isinstance(module, torch.jit.ScriptModule):   # it takes no such hooks
-                hooks.append(module.register_forward_pre_hook(functools.partial(remember, name), with_kwargs=True))
+                hooks.append(module.register_forward_pre_hook(functools.partial(remember, name), with_kwargs=True,
+                                                              prepend=True))   # what the model's own hooks are given
         # Gradients for models that differentiate in their forward; a compiler would compile the hooks.
         with seeded(seed), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             args, kwargs = each_once(fresh, (args, kwargs))
@@ -390,9 +414,11 @@ def audit(model, input, *, device=None, seed=0, repeats=REPEATS):
             hook.remove()
 
     found = {}
-    for name in reversed(calls):   # the inner ones first
-        inside = [row for other in found if other.startswith(f"{name}." if name else "") for row in found[other]]
+    sizes = {name: sum(1 for _ in modules[name].modules()) for name in calls}
+    for name in sorted(calls, key=sizes.get):   # the inner ones first
         module, weight = modules[name], "parametrizations" in name.split(".")   # it reads a weight: no samples
+        within = {id(m) for m in module.modules()}   # a module may be in several others
+        inside = [row for other in found if id(modules[other]) in within for row in found[other]]
         tensors = (*tree_leaves(calls[name]), *module.parameters(), *module.buffers())
         device = next((str(t.device) for t in tensors if isinstance(t, torch.Tensor)), "-")
         for gradients in (True, False):   # an input that wants a gradient cannot become a NumPy array

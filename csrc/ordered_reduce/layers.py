@@ -11,6 +11,7 @@ import contextlib
 import fnmatch
 import functools
 import itertools
+import numbers
 import operator
 import threading
 
@@ -359,11 +360,13 @@ def linear(x, weight, bias=None, *, order="fixed", splits=8, seed=0, step=0, op=
 
     x is (batch, ..., in) or (in,), weight (out, in), bias (out,) or None; the samples are x's first dimension. The
     output, (batch, ..., out) or (out,), and its errors are PyTorch's. The order arguments are those of
-    `ordered_reduce.sum`; order="native" is PyTorch's own layer. A wrong one raises ValueError, a complex weight
-    NotImplementedError. (A float64 weight: see `conv2d`.)
+    `ordered_reduce.sum`; order="native" is PyTorch's own layer, and sparse or nested x get that in any order. A wrong
+    one raises ValueError, a complex weight NotImplementedError. (A float64 weight: see `conv2d`.)
     """
     check_order(order, splits, seed, op, scope, LAYER_ORDERS)
     if order == "native" or weight.numel() == 0 or weight.ndim != 2 or x.ndim == 0:   # nothing to add, or not a layer's
+        return F.linear(x, weight, bias)
+    if x.is_nested or x.layout != torch.strided:   # no batch that could be cut into groups
         return F.linear(x, weight, bias)
     _need_real("linear", weight)
     if bias is not None and bias.shape != weight.shape[:1]:   # PyTorch broadcasts it
@@ -424,8 +427,8 @@ class Conv2d(nn.Conv2d):
 class Linear(nn.Linear):
     """nn.Linear whose weight gradient follows self.policy; made by `convert`."""
 
-    def forward(self, x):
-        return linear(x, self.policy.noisy(self.weight, self.op), self.bias, **self.policy.arguments(self.op))
+    def forward(self, input):
+        return linear(input, self.policy.noisy(self.weight, self.op), self.bias, **self.policy.arguments(self.op))
 
 
 class Embedding(nn.Embedding):
@@ -463,9 +466,9 @@ class Policy:
         check_noise(noise, ulps, flips, bit)
         if order == "native" and noise == "stochastic":
             raise ValueError("order must be another than 'native' with noise='stochastic', which rounds its sum")
-        pair = isinstance(steps, (tuple, list)) and len(steps) == 2
+        pair = isinstance(steps, (tuple, list)) and [isinstance(n, numbers.Integral) for n in steps] == [True, True]
         if steps is not None and not (pair and 0 <= steps[0] < steps[1]):
-            raise ValueError(f"steps must be (first, end) with 0 <= first < end; got {steps}")
+            raise ValueError(f"steps must be (first, end), integers with 0 <= first < end; got {steps}")
         splits, seed = operator.index(splits), operator.index(seed)
         self.order, self.splits, self.seed, self.scope, self.steps = order, splits, seed, scope, steps
         self.noise, self.ulps, self.flips, self.bit = noise, ulps, flips, bit
@@ -520,9 +523,9 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     on a GPU by those of cuDNN's kernels that repeat (in compiled code only under
     torch.use_deterministic_algorithms(True), which the other operations of a GPU need in any case). torch.compile takes
     a converted model, torch.export for its outputs alone: the gradients of an exported program are PyTorch's own.
-    torch.func's transforms, tensor parallelism and the saving of torch.jit.trace take one in order "native" alone (the
-    transforms without noise);
-    torch.fx and torch.jit.script do not.
+    torch.func's transforms, forward-mode derivatives, tensor parallelism and the saving of torch.jit.trace take one in
+    order "native" alone (the transforms without noise); torch.fx and torch.jit.script do not, and dynamic quantization
+    passes over its linear layers.
 
     Under autocast to bfloat16 the order makes little noise, and that does not grow: partial gradients of 8 bits are
     mostly added exactly in float32, in whatever order, and the forward pass rounds small differences of weights away.
@@ -548,7 +551,7 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
       noise, ulps, flips, bit: as in `ordered_reduce.noisy`, in the weight gradients of the same layers.
 
     Returns the Policy; call its step() after each optimizer step. Raises ValueError for a wrong argument or where a
-    pattern matches no layer, TypeError for splits or a seed that is no integer.
+    pattern matches no layer, TypeError for splits or a seed that is no integer and layers that are no strings.
     """
     policy = Policy(order, splits, seed, scope, steps, noise, ulps, flips, bit)
     patterns = [layers] if isinstance(layers, str) else list(layers)

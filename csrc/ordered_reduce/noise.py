@@ -2,6 +2,7 @@
 with. Philox4x32-10 of ../order.h gives the draws, the same integers on every device."""
 
 import math
+import numbers
 import operator
 
 import torch
@@ -104,8 +105,8 @@ def check_noise(noise, ulps, flips, bit):
     for name, value in (("ulps", ulps), ("flips", flips)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and at least 0; got {value}")
-    if not 0 <= bit < 64:
-        raise ValueError(f"bit must lie in [0, 64); got {bit}")
+    if not isinstance(bit, numbers.Integral) or not 0 <= bit < 64:
+        raise ValueError(f"bit must be an integer in [0, 64); got {bit}")
 
 
 def noisy(weight, noise, *, ulps=1.0, flips=1.0, bit=0, seed=0, step=0, op=0):

@@ -5,15 +5,18 @@ import contextlib
 import functools
 import glob
 import hashlib
+import math
 import numbers
+import time
 import warnings
 import weakref
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
-from .checks import bits, channel_dims, difference, each_once, first_channel, rounding, same_bits, seeded
+from .checks import bits, channel_dims, difference, first_channel, rounding, same_bits, seeded
 from .layers import Policy, _convertible, convert
 
 
@@ -22,29 +25,69 @@ def _sides(t):
     return {dim: side for dim, side in enumerate(("out", "in")) if dim < t.ndim}
 
 
+class _Hook:
+    """A hook that neither a copy of its module takes along nor a file that the module is saved to."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, *args):
+        return self.call(*args)
+
+    def __reduce__(self):
+        return _Hook, (_nothing,)
+
+
+def _nothing(*args):
+    return None
+
+
 @contextlib.contextmanager
 def _watching(model, see):
-    """While open, see(module, pass, tensor, sides) is told, in the order of their computation, what every leaf module
-    reads and writes, the gradients of both, and the gradients of parameters."""
+    """While open, see(module, pass, tensor, sides) is told, in the order of their computation, what the model and every
+    leaf module read, what those write, the gradients of both, and the gradients of parameters."""
     hooks = []
 
-    def look(name, module, what, side, t):
+    def look(name, module, what, side, seen, held, t):
+        """t as it is handed on. A list or a dict that holds it is the caller's: there it must stay the same tensor."""
         sides = dict.fromkeys(channel_dims(module, t), side)
-        see(name, what, t, sides)
-        if not t.requires_grad or not torch.is_grad_enabled() or t.layout != torch.strided:
-            return t
-        t = t.view_as(t)   # a view for every reader: the gradient that arrives is this reader's alone
-        t.register_hook(lambda g: see(name, f"gradient of {what}", g, sides))
-        return t
+        if id(t) not in seen:
+            see(name, what, t, sides)
+            seen[id(t)] = t
+            plain = t.layout == torch.strided and not t.is_nested
+            if plain and not held and t.requires_grad and torch.is_grad_enabled():
+                # A view for every reader: the gradient that arrives is this reader's alone.
+                seen[id(t)] = view = t.view_as(t)
+                view.__dict__.update(t.__dict__)
+                view.register_hook(lambda g: see(name, f"gradient of {what}", g, sides))
+        return seen[id(t)]
+
+    def each(look, value):
+        if isinstance(value, torch.Tensor):
+            return look(False, value)
+        if type(value) is tuple or hasattr(value, "_make"):
+            values = [each(look, v) for v in value]
+            return tuple(values) if type(value) is tuple else value._make(values)
+        for t in tree_leaves(value):
+            if isinstance(t, torch.Tensor):
+                look(True, t)
+        return value
 
     def watch(name, module):
         def before(module, args, kwargs):
-            return each_once(functools.partial(look, name, module, "input", "in"), (args, kwargs))
+            see_it = functools.partial(look, name, module, "input", "in", {})
+            return each(see_it, args), {key: each(see_it, value) for key, value in kwargs.items()}
 
         def after(module, args, output):
-            return each_once(functools.partial(look, name, module, "output", "out"), output)
+            return each(functools.partial(look, name, module, "output", "out", {}), output)
 
-        hooks.extend([module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)])
+        hooks.extend([module.register_forward_pre_hook(_Hook(before), with_kwargs=True),
+                      module.register_forward_hook(_Hook(after))])
+
+    def read(module, args, kwargs):
+        for t in tree_leaves((args, kwargs)):
+            if isinstance(t, torch.Tensor):
+                see("", "input", t, {})
 
     def accumulated(module, what, p):
         if p.grad is not None:   # a hook of the user's may have used it up
@@ -52,9 +95,13 @@ def _watching(model, see):
 
     try:
         for name, module in model.named_modules():
-            leaf = not list(module.children()) or isinstance(module, nn.MultiheadAttention)
-            if leaf and not isinstance(module, torch.jit.ScriptModule):   # which takes no such hooks
+            parts = {part for part, _ in module.named_children()} - {"parametrizations"}
+            if isinstance(module, torch.jit.ScriptModule):   # it takes no such hooks
+                continue
+            if not parts or isinstance(module, nn.MultiheadAttention):
                 watch(name, module)
+            elif module is model:
+                hooks.append(module.register_forward_pre_hook(_Hook(read), with_kwargs=True))
         for name, p in model.named_parameters():
             if p.requires_grad and not is_lazy(p):
                 module, _, what = name.rpartition(".")
@@ -148,8 +195,10 @@ def audit_training(make, steps, *, order="shuffled", splits=8, seed=0, spread=0.
     """Looks for the first places where a training run does not repeat and where equal channels come apart.
 
     The run is made twice and watched: what every leaf module reads and writes, the gradients of both, the gradients of
-    the parameters and the parameters and buffers after every step, in the order of their computation. For the window it
-    is made about 2 log2(layers) + 2 log2(steps) times more, with all layers that `convert` knows converted.
+    the parameters and the parameters and buffers after every step, in the order of their computation (of tensors in
+    lists and dicts no gradients). The second run begins in another second of the clock, for seeds that come from it.
+    For the window it is made about 2 log2(layers) + 2 log2(steps) times more, with all layers that `convert` knows
+    converted.
 
     Not seen are tensors whose bytes PyTorch does not show (sparse ones, those within torch.func's transforms), the
     gradients that a hook of yours has used up before, those of lazy parameters, and what scripted modules read and
@@ -167,8 +216,8 @@ def audit_training(make, steps, *, order="shuffled", splits=8, seed=0, spread=0.
 
     Returns a dict of three, each None where there is nothing to report:
       "repeats": {"step", "module", "pass"}, the first tensor that had other bits in the second run. An "initial ..."
-        pass is a parameter or buffer before training: its initialisation is not seeded; "input" of the first module:
-        the batches are not the same.
+        pass is a parameter or buffer before training: its initialisation is not seeded; "input" of module "", which is
+        the model: the batches are not the same.
       "apart": {"step", "module", "pass", "difference"}, the first tensor whose channels were copies and no longer are,
         and by how much, relative to its largest entry. "input" and "gradient of output" stand for what is computed
         between modules. Channels whose first difference exceeds the square root of the precision are taken to differ
@@ -182,12 +231,15 @@ def audit_training(make, steps, *, order="shuffled", splits=8, seed=0, spread=0.
         copies without noise, where no layer can be converted (to "arrival" no embedding can), or, with a warning,
         where the run raises something once layers are converted.
 
-    Raises ValueError for a wrong argument, and what make and step raise.
+    Raises ValueError for a wrong argument, TypeError for splits or a seed that is no integer, and what make and step
+    raise.
     """
     if not isinstance(steps, numbers.Integral) or steps < 1:
         raise ValueError(f"steps must be an integer of at least 1; got {steps!r}")
+    if not isinstance(spread, numbers.Real) or not 0 <= spread < math.inf:
+        raise ValueError(f"spread must be finite and at least 0; got {spread!r}")
     Policy(order, splits, seed)   # refuses wrong arguments before the work is done
-    events, differ, equal_input = [], set(), {}
+    events, differ, equal_input, graded = [], set(), {}, set()
     repeats = apart = None
 
     def digest(step, module, what, t):
@@ -201,12 +253,16 @@ def audit_training(make, steps, *, order="shuffled", splits=8, seed=0, spread=0.
         nonlocal apart
         events.append(digest(step, module, what, t))
         readable = events[-1][-1] is not None
+        if what.startswith("gradient of "):
+            graded.add((module, what.removeprefix("gradient of ")))
+        # After a step: what a gradient of unequal channels does, by design, may be small beside the weight.
+        weight = what not in ("input", "output") and not what.startswith(("initial ", "gradient of "))
         for dim, side in sides.items() if readable and apart is None else ():
             t = t.detach()
             copies = t.shape[dim] < 2 or same_bits(t, first_channel(t, dim))
             if what == "input":
                 equal_input[module] = t.shape if copies else None
-            if copies or (module, side) in differ:
+            if copies or (module, side) in differ or (weight and (module, what) not in graded):
                 continue
             size = difference(t, first_channel(t, dim))
             if size <= rounding(t) or (what == "output" and equal_input.get(module) == t.shape):
@@ -220,8 +276,11 @@ def audit_training(make, steps, *, order="shuffled", splits=8, seed=0, spread=0.
             repeats = {"step": step, "module": module, "pass": what}
 
     with torch.compiler.set_stance("force_eager"):   # a compiler would compile the hooks into what it makes
+        second_of_start = int(time.time())
         first = _train(make, steps, first_run, seed)
         rest = iter(events)
+        while int(time.time()) == second_of_start:
+            time.sleep(0.01)
         second = _train(make, steps, second_run, seed)
         if first() is not None and first() is second():
             raise ValueError("make must return a new model at every call; got the same one twice")
