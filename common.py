@@ -28,6 +28,10 @@ NO_CUDA = ("ordered_reduce was built without CUDA kernels (put nvcc on PATH and 
 CLASSES = {"digits": 10, "mnist": 10, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100}
 
 
+class Unwritable(OSError):
+    """A file could not be written."""
+
+
 def fail(message):
     """One line, exit status 2: bad input. The message names the argument and what would be valid."""
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
@@ -55,9 +59,12 @@ def interrupted(out):
 
 
 def run(main):
-    """Exits with the status that main returns, or 130 after Ctrl-C while data are loaded or results drawn."""
+    """Exits with the status that main returns, 130 after Ctrl-C while data are loaded or results drawn, or 2 where the
+    disk is full."""
     try:
         sys.exit(main())
+    except Unwritable as error:
+        fail(f"argument --out: {error}; make room and continue with --resume, or name another directory")
     except KeyboardInterrupt:
         print(f"\n{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -106,7 +113,9 @@ def check_common(args, defaults=None, cuda=True):
     for name, value in (defaults or {}).get(args.dataset, {}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    need(args.image_size is None or args.image_size >= 1, "--image-size", args.image_size, "at least 1")
+    folder = "imagefolder" in (args.dataset, *(getattr(args, "figure2", None) or ()))
+    need(args.image_size is None or (folder and args.image_size >= 1), "--image-size", args.image_size,
+         "at least 1, and is for imagefolder alone")
     if args.device == "auto":
         args.device = "cuda" if cuda and torch.cuda.is_available() else "cpu"
         if not cuda and torch.cuda.is_available():
@@ -172,12 +181,22 @@ def _load_data(dataset, data_dir, image_size):
     return *split, CLASSES[dataset]
 
 
+def _open_image(path):
+    """A file of 8 bits a channel, in RGB."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        if image.mode[0] in "IF":   # Pillow would make white of what is brighter than 255
+            raise ValueError(f"its mode is {image.mode}: more than 8 bits a channel")
+        return image.convert("RGB")
+
+
 def _image_folder(root, image_size):
     from torchvision import datasets
     from torchvision.transforms.functional import pil_to_tensor
 
     try:
-        splits = [datasets.ImageFolder(root / part) for part in ("train", "test")]
+        splits = [datasets.ImageFolder(root / part, loader=_open_image) for part in ("train", "test")]
     except (OSError, RuntimeError) as error:
         fail(f"argument --data-dir: imagefolder needs {root}/train/<class>/ and {root}/test/<class>/ ({_line(error)})")
     if splits[0].classes != splits[1].classes:
@@ -186,18 +205,22 @@ def _image_folder(root, image_size):
     try:
         size = (image_size, image_size) if image_size else splits[0].loader(files[0]).size[::-1]
         stamp = "mixed" + "".join(f"{path}{os.stat(path).st_size}{os.stat(path).st_mtime_ns}" for path in files)
-    except OSError as error:
+    except Exception as error:   # Pillow's, of broken files, are of many kinds
         fail(f"argument --data-dir: an image in {root} cannot be read ({_line(error)})")
-    cache = root / f"imagefolder-{size[0]}x{size[1]}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.pt"
+    stamp = hashlib.sha256(os.fsencode(stamp)).hexdigest()[:16]
+    cache = root / f"imagefolder-{size[0]}x{size[1]}-{stamp}.pt"
     if cache.exists():
         return *load_checkpoint(cache, "--data-dir")["data"], len(splits[0].classes)
     data = []
     for split in splits:
-        images = torch.empty((len(split), 3, *size), dtype=torch.uint8)
+        try:
+            images = torch.empty((len(split), 3, *size), dtype=torch.uint8)
+        except RuntimeError:
+            fail(f"argument --image-size: {len(split)} images of {size[1]}x{size[0]} pixels do not fit in memory")
         for i, (path, _) in enumerate(split.samples):
             try:
                 images[i] = pil_to_tensor(split.loader(path).resize(size[::-1]))
-            except (OSError, SyntaxError, ValueError) as error:   # Pillow's, of broken files
+            except Exception as error:
                 fail(f"argument --data-dir: {path} is no readable image ({_line(error)})")
         mixed = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
         data += [images[mixed], torch.tensor(split.targets)[mixed]]
@@ -216,12 +239,18 @@ def _line(error):
 
 
 def save_atomically(path, write):
-    """write(temporary path), flush it to disk, rename it to path: a kill leaves the old file or the new one."""
+    """write(temporary path), flush it to disk, rename it to path: a kill leaves the old file or the new one. Where the
+    disk is full the old one stays, and Unwritable is raised."""
     temporary = pathlib.Path(f"{path}.tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:   # the latter is torch.save's
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise Unwritable(f"{path} could not be written ({_line(error)})") from error
 
 
 def write_json(path, value):
@@ -284,7 +313,7 @@ def run_directory(out, default, resume):
     if resume:
         return taken[-1] if taken else fail(f"argument --resume: there is no run to continue in {path}; leave --resume "
                                             "out to start one")
-    if out and taken:
+    if out and (taken or (path / "done").exists()):
         fail(f"argument --out: {path} holds a run already; add --resume to continue it, or name another directory")
     number = 2
     while not out and path.exists():

@@ -102,8 +102,9 @@ def parse_arguments(argv, more=()):
                      help="of the learning rate: step multiplies it by 0.2 after 30 %%, 60 %% and 80 %% of the epochs "
                           f"(the authors' 140, 80 and 40 of 200 to go), cosine ends at 0; {defaults('schedule')}")
     how.add_argument("--warmup", type=float, metavar="SHARE",
-                     help="share of the epochs in which the rate grows from 0 in equal steps; default: 0.02 on cifar10 "
-                          "and cifar100, 0 with leakynet, 1/6 elsewhere; paper: none")
+                     help="share of the epochs in which the schedule's rate is multiplied by what grows from 0 to 1 in "
+                          "equal steps; default: 0.02 on cifar10 and cifar100, 0 with leakynet, 1/6 elsewhere; paper: "
+                          "none")
     how.add_argument("--momentum", type=float, default=0.9, metavar="M", help="default: 0.9")
     how.add_argument("--nesterov", action="store_true", help="Nesterov's momentum")
     how.add_argument("--weight-decay", type=float, metavar="D", help=defaults("weight_decay"))
@@ -219,14 +220,15 @@ def check_arguments(args):
     rows = args.table1 or []
     need(all(1 <= row <= len(TABLE_1) for row in rows) and len(set(rows)) == len(rows), "--table1", rows,
          f"different rows from 1 to {len(TABLE_1)}")
-    need(args.cutout >= 0, "--cutout", args.cutout, "at least 0")
+    need(0 <= args.cutout < 1 << 31, "--cutout", args.cutout, "in [0, 2**31)")
     for dataset in args.figure2 or ():
         need(dataset in common.DATASETS, "--figure2", dataset, f"two of {', '.join(common.DATASETS)}")
     need(0 <= args.warmup <= 1, "--warmup", args.warmup, "in [0, 1]")
     for name in ("lr", "weight_decay", "mixup", "prox"):
         value = getattr(args, name)
-        need(all(math.isfinite(v) and v >= 0 for v in (value if name == "prox" else [value])), f"--{name}", value,
-             "finite and at least 0")
+        need(all(0 <= v <= torch.finfo(torch.float32).max for v in (value if name == "prox" else [value])), f"--{name}",
+             value, "at least 0, and finite in float32")
+    need(args.mixup == 0 or args.mixup >= 0.001, "--mixup", args.mixup, "0 or at least 0.001")
     need(args.arch == "constnet" or study_of(args) in ("", "leakynet_study", "signal"), "--arch", args.arch,
          "constnet for this study, which is of its --init")
     need(args.arch == "constnet" or args.norm == "batch", "--norm", args.norm, "batch with leakynet")
@@ -445,7 +447,8 @@ class Symmetry:
         # To compute in: new memory takes a CPU longer than what is computed in it.
         most = max(len(names) * shape.numel() for shape, names in self.by_shape.items())
         self.scratch = stem.new_empty(len(self.stored) * most)
-        # Two filters are taken for equal where a random linear form of their bits agrees: wrong once in 2^32.
+        # Two filters are taken for equal where a random linear form of their bits agrees. The highest bits, sign and
+        # exponent, are mixed into the lowest before: where no others differ, it is wrong once in 2^24, else in 2^32.
         longest = max(weight[0].numel() for weight in self.weights.values())
         generator = torch.Generator().manual_seed(0)
         form = torch.randint(-1 << 31, 1 << 31, (longest,), generator=generator, dtype=torch.int32) | 1
@@ -478,13 +481,15 @@ class Symmetry:
     def measure_stored(self):
         """The measures of the weights that are stored, on the device."""
         sizes = [len(names) * shape.numel() for shape, names in self.by_shape.items()]
-        stored = self.stored[: len(self.rows)].split(sizes, 1)
+        stored = self.stored[: len(self.rows)].add_(0.0).split(sizes, 1)   # which makes 0.0 of -0.0
         for (shape, names), weight in zip(self.by_shape.items(), stored, strict=True):
             weight = weight.view(len(self.rows), len(names), *shape)   # (steps, layers, out, in, height, width)
             filters = weight.flatten(3)
             scratch = self.scratch[: filters.numel()].view(filters.shape)
-            form = torch.mul(filters.view(torch.int32), self.form[: filters.shape[3]], out=scratch.view(torch.int32))
-            form = form.sum(3, dtype=torch.int32).sort(2).values
+            bits, mixed = filters.view(torch.int32), scratch.view(torch.int32)
+            torch.bitwise_right_shift(bits, 23, out=mixed)
+            mixed.bitwise_and_(0x1FF).bitwise_xor_(bits).mul_(self.form[: filters.shape[3]])
+            form = mixed.sum(3, dtype=torch.int32).sort(2).values
             distinct = 1 + (form[..., 1:] != form[..., :-1]).sum(2)
             size = filters.norm(dim=(2, 3))
             apart = torch.sub(filters, filters.mean(2, keepdim=True), out=scratch).norm(dim=(2, 3))
@@ -563,7 +568,7 @@ def arms(args, argv):
                 for dataset in args.figure2 for start, init in STARTS.items()}
     if args.signal:
         return {"standard": arm(init="", layer_init="h" * (args.blocks + 1)),
-                (args.layer_init if args.arch == "leakynet" else args.init): arm()}
+                (args.layer_init if args.arch == "leakynet" else args.init or "standard"): arm()}
     if args.prune:
         dense = {start: arm(init=init) for start, init in STARTS.items()}
         return dense | {f"{start}-{mask}-{keep:g}": arm(init=init, dense=start, mask=mask, keep=keep)
@@ -593,13 +598,14 @@ def normaliser(images):
 def augment(x):
     """Random crop after zero padding by an eighth of the size (the usual 4 of 32 pixels), random horizontal flip."""
     n, channels, height, width = x.shape
-    pad = max(1, height // 8)
-    rows = torch.arange(height, device=x.device) + torch.randint(0, 2 * pad + 1, (n, 1), device=x.device)
+    high, wide = max(1, height // 8), max(1, width // 8)
+    rows = torch.arange(height, device=x.device) + torch.randint(0, 2 * high + 1, (n, 1), device=x.device)
     columns = torch.arange(width, device=x.device).expand(n, width)
     columns = torch.where(torch.rand(n, 1, device=x.device) < 0.5, columns.flip(1), columns)
-    columns = columns + torch.randint(0, 2 * pad + 1, (n, 1), device=x.device)
+    columns = columns + torch.randint(0, 2 * wide + 1, (n, 1), device=x.device)
     image, channel = torch.arange(n, device=x.device).view(-1, 1, 1, 1), torch.arange(channels, device=x.device)
-    return F.pad(x, (pad,) * 4)[image, channel.view(1, -1, 1, 1), rows[:, None, :, None], columns[:, None, None, :]]
+    padded = F.pad(x, (wide, wide, high, high))
+    return padded[image, channel.view(1, -1, 1, 1), rows[:, None, :, None], columns[:, None, None, :]]
 
 
 def cutout(x, size):
@@ -612,8 +618,8 @@ def cutout(x, size):
 
 
 def learning_rate(args, step, steps_per_epoch):
-    """The rate of --schedule at this step (from 0), after a warm-up that grows with every step; the milestones are the
-    authors' 60, 120 and 160 of 200 epochs."""
+    """The rate of --schedule at this step (from 0), in the warm-up times a share that grows with every step; the
+    milestones are the authors' 60, 120 and 160 of 200 epochs."""
     steps = args.epochs * steps_per_epoch
     done, warmup = step / steps, args.warmup * steps
     rate = args.lr * min(1.0, (step + 1) / warmup) if warmup else args.lr
@@ -909,7 +915,7 @@ def train(args, name, seed, data, out):
                 row["nonzero"] = share_not_zero(weights)
                 losses.clear()
                 progress.set_postfix(test=f"{row['test_accuracy']:.1f} %", refresh=False)
-                diverged = not math.isfinite(row["epoch_train_loss"])
+                diverged = not (math.isfinite(row["epoch_train_loss"]) and math.isfinite(row["test_loss"]))
             rows.append(row)
         else:
             symmetry.watch(step)
@@ -986,12 +992,15 @@ def write_table_1(summary, directory):
     for number, (init, dropout, order, paper) in enumerate(TABLE_1, start=1):
         mine = [arm for arm in summary if arm["arm"] == f"row{number}"]
         if mine:
-            mean, low, _ = common.interval([arm["test_accuracy"] for arm in mine])
+            lost = sum(arm["diverged"] for arm in mine)
+            mean, low, _ = common.interval([arm["test_accuracy"] for arm in mine if not arm["diverged"]])
             steps = sorted({-1 if arm["symmetry"]["kept"] else arm["symmetry"]["first_broken_step"] for arm in mine})
             least = [min(arm["symmetry"]["distinct_filters"].values()) for arm in mine]
             lines.append(f"| {number} | {dropout:g} | " + " | ".join("✓" if part in init else "✗" for part in "abcd") +
-                         f" | {order} | {'(ours)' if paper is None else paper} | {mean:.1f}" +
-                         (f" ± {mean - low:.1f}" if low is not None else "") + " | " +
+                         f" | {order} | {'(ours)' if paper is None else paper} | " +
+                         (f"{mean:.1f}" if mean is not None else "") +
+                         (f" ± {mean - low:.1f}" if low is not None else "") +
+                         (f" ({lost} of {len(mine)} diverged)" if lost else "") + " | " +
                          ", ".join("never" if step < 0 else str(step) for step in steps) +
                          f" | {min(least)}{f' to {max(least)}' if max(least) > min(least) else ''} |")
     seeds = len({arm["seed"] for arm in summary})
@@ -1063,15 +1072,17 @@ def draw_pruned(summary, path):
     figure, axis = common.plot_style().subplots(figsize=(5.5, 3.8), layout="constrained")
     for which, start in enumerate(STARTS):
         for kind, line in (("largest", "-"), ("random", "--")):
-            points = [{"keep": 100, "accuracy": arm["test_accuracy"]} for arm in summary if arm["arm"] == start]
-            points += [{"keep": 100 * float(arm["arm"].rsplit("-", 1)[1]), "accuracy": arm["test_accuracy"]}
-                       for arm in summary if arm["arm"].startswith(f"{start}-{kind}-")]
+            kept = {arm["arm"]: arm["arm"].removeprefix(f"{start}-{kind}-") for arm in summary}
+            points = [{"keep": 100 if arm["arm"] == start else 100 * float(kept[arm["arm"]]),
+                       "accuracy": arm["test_accuracy"]}
+                      for arm in summary if arm["arm"] == start or kept[arm["arm"]] != arm["arm"]]
             x, mean, low, high = by_seed(points, "keep", "accuracy")
             axis.plot(x, mean, line, color=f"C{which}", marker=".", label=f"{start}, {kind} weights kept")
             axis.fill_between(x, low, high, color=f"C{which}", alpha=0.12)
     axis.set(xscale="log", xlabel="weights kept in every convolution [%]", ylabel="test accuracy [%]")
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.legend(fontsize=7)
+    axis.set_xticks(x, [f"{keep:g}" for keep in x])
+    axis.minorticks_off()
+    axis.legend(fontsize=7, handlelength=4)
     common.save_figure(figure, path)
 
 
@@ -1163,6 +1174,8 @@ def main(argv=None):
             ordered_reduce.convert(model, layers=arm.order_layers)
         except ValueError as error:
             common.fail(f"argument --order-layers: {error}")
+        except RuntimeError:
+            common.fail(f"argument --widen: a network of width {arm.widen} does not fit in memory")
         names = [name for name, _ in model.named_parameters()]
         for pattern in args.freeze:
             common.need(fnmatch.filter(names, pattern), "--freeze", repr(pattern), f"a pattern of {', '.join(names)}")
@@ -1185,6 +1198,11 @@ def main(argv=None):
                                      train, out, share=bool(study))
     except KeyboardInterrupt:
         return common.interrupted(out)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        common.fail(f"argument --batch-size: with {args.batch_size} of images so small a channel of the last stage has "
+                    "one value alone, which batch norm cannot normalise; try a larger one")
     except torch.OutOfMemoryError:
         common.fail(f"argument --batch-size, --widen: {args.batch_size} images at width {args.widen} do not fit in the "
                     f"device's memory; try --batch-size {max(1, args.batch_size // 2)}, "
@@ -1200,7 +1218,7 @@ def main(argv=None):
     common.write_json(out / "summary.json", summary)
     common.write_csv(out / "metrics.csv", [row for run in found.values() for row in run["rows"]])
     for name in found:
-        for kind in (".csv", "-checkpoint.pt", "-rewind.pt"):
+        for kind in (".csv", "-checkpoint.pt"):
             (out / (name + kind)).unlink(missing_ok=True)
     report(out)
     print(f"\n{out}/: metrics.csv, summary.json, config.json, ARM-SEED.pt (weights), "

@@ -111,6 +111,31 @@ def test_symmetry_measures():
     assert rows[0]["forward_correlation/stem"] == pytest.approx(1, abs=1e-5)
 
 
+def test_filters_that_differ_in_few_bits_are_distinct():
+    model, name = network("", channels=1, widen=2), "stages.0.1.conv"
+    weight = dict(model.named_modules())[name].weight
+
+    def distinct(filters):
+        with torch.no_grad():
+            weight.copy_(filters.view_as(weight))
+        return constnet.Symmetry(model).summary(0)["distinct_filters"][name]
+
+    n, size = len(weight), weight[0].numel()
+    one = torch.randn(size)
+    signs = torch.ones(n, 1).index_fill_(0, torch.arange(0, n, 2), -1)
+    two = one.repeat(n, 1)
+    two[1, 3:5] *= -1
+    assert distinct(torch.eye(n, size)) == n and distinct(signs * one) == 2 and distinct(two) == 2
+    assert distinct(torch.ones(n, size) * 2.0 ** -torch.arange(float(n)).view(n, 1)) == n
+    assert distinct(signs * torch.zeros(size)) == 1     # 0.0 and -0.0 are the same weight
+
+
+def test_augmentation_pads_each_side_by_its_own_eighth():
+    torch.manual_seed(0)
+    rows, columns = (constnet.augment(torch.ones(4000, 1, *size)).eq(0) for size in ((64, 2), (2, 64)))
+    assert not rows.flatten(1).all(1).any() and torch.equal(rows.any(3).any(0), columns.any(2).any(0))
+
+
 def test_normaliser_and_augmentation():
     images = torch.randint(0, 256, (300, 3, 8, 8), dtype=torch.uint8)
     images[:, 1] //= 4
@@ -258,6 +283,12 @@ def test_divergence_keeps_the_metrics(tmp_path, run):
     assert len((tmp_path / "a" / "metrics.csv").read_text().splitlines()) > 2
 
 
+def test_divergence_in_the_last_step_is_noticed(tmp_path, run):
+    done = run("constnet.py", "--blocks", 3, "--epochs", 1, "--batch-size", 700, "--init", "none", "--warmup", 0,
+               "--schedule", "constant", "--lr", 1e6, "--out", tmp_path / "a")
+    assert done.returncode == 3 and results(tmp_path / "a")[0]["diverged"]
+
+
 # ------------------------------------------------------------------------------------------------ studies and options
 
 
@@ -363,6 +394,23 @@ def test_a_study_is_shared_out_and_writes_its_table(tmp_path, run):
     assert "| 8 | 0 | ✓ | ✓ | ✓ | ✓ | fixed | 10.0 |" in table and "| never | 1 |" in table
     hashes = [[arm["weights_sha256"] for arm in results(tmp_path / name) if arm["order"] != "atomic"] for name in ("one", "two")]
     assert hashes[0] == hashes[1] and len(hashes[0]) == 9
+
+
+def test_a_table_says_what_diverged(tmp_path, monkeypatch, capsys):
+    arm = {"dataset": "digits", "epochs": 1, "symmetry": {"kept": True, "distinct_filters": {"stem": 1}}}
+    runs = [("row1", 0, 90.0, False), ("row1", 1, 7.5, True), ("row8", 0, 7.5, True)]
+    constnet.write_table_1([{**arm, "arm": name, "seed": seed, "test_accuracy": accuracy, "diverged": lost}
+                            for name, seed, accuracy, lost in runs], tmp_path)
+    cells = [line.split(" | ")[8] for line in capsys.readouterr().out.splitlines() if line.startswith(("| 1 ", "| 8 "))]
+    assert cells == ["90.0 (1 of 2 diverged)", " (1 of 1 diverged)"]
+
+
+def test_pruned_shares_are_drawn_where_they_are(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(constnet, "by_seed", lambda points, x, y: drawn.append([p[x] for p in points]) or [[1], [1], [1], [1]])
+    constnet.draw_pruned([{"arm": name, "test_accuracy": 50.0, "seed": 0} for start in constnet.STARTS for name in
+                          (start, f"{start}-largest-1e-05", f"{start}-random-0.02")], tmp_path / "prune.png")
+    assert drawn == [pytest.approx([100, 0.001]), [100, 2]] * 2
 
 
 def test_rows_of_table_1_are_joined(tmp_path, run):
@@ -605,7 +653,9 @@ BAD = [
     (("--table1", 1, "--dropout", 0.5), r"--dropout.*0\.5.*left out"), (("--table1", "--order", "native"), "--order.*left out"),
     (("--figure2", "digits", "digits", "--init", "ab"), "--init.*left out"), (("--prune", 0.5, "--init", "none"), "--init.*left out"),
     (("--arch", "leakynet", "--init", "ab"), "--init.*left out"), (("--layer-init", "h_hhhh_hhhh_hhhh"), "--layer-init.*left out"),
-    (("--leakynet-study", "--layer-init", "h_hhhh_hhhh_hhhh"), "--layer-init.*left out"),
+    (("--leakynet-study", "--layer-init", "h_hhhh_hhhh_hhhh"), "--layer-init.*left out"), (("--lr", 1e39), "--lr.*float32"),
+    (("--mixup", 1e-50), "--mixup.*0.001"), (("--image-size", 5), "--image-size.*imagefolder"), (("--widen", 1000000), "--widen.*memory"),
+    (("--cutout", 10**21), "--cutout"),
 ]
 
 

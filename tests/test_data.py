@@ -128,19 +128,61 @@ def test_image_folder(tmp_path, capsys, mode, channels):
         assert stop.value.code == 2 and "cannot be read" in error and error.count("\n") == 1
 
 
-def test_a_broken_chunk_is_one_line(tmp_path, capsys):   # Pillow raises a SyntaxError
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_broken_chunk_is_one_line(tmp_path, capsys, name):   # Pillow raises a SyntaxError
     for part in ("train", "test"):
         (tmp_path / part / "cat").mkdir(parents=True)
-        for name in "ab":
-            Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / part / "cat" / f"{name}.png")
-    broken = tmp_path / "train" / "cat" / "b.png"
+        for each in "ab":
+            Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / part / "cat" / f"{each}.png")
+    broken = tmp_path / "train" / "cat" / f"{name}.png"
     data = bytearray(broken.read_bytes())
     at = data.index(b"IDAT")
     data[at - 4:at] = (5).to_bytes(4, "big")
     broken.write_bytes(data)
     with pytest.raises(SystemExit) as stop:
         common.load_data("imagefolder", tmp_path)
-    assert stop.value.code == 2 and "b.png" in capsys.readouterr().err
+    assert stop.value.code == 2 and ("cannot be read" if name == "a" else "b.png") in capsys.readouterr().err
+
+
+def test_images_of_sixteen_bits_are_refused(tmp_path, capsys):
+    for part in ("train", "test"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        Image.fromarray(np.full((4, 4), 30000, np.uint16)).save(tmp_path / part / "cat" / "a.png")
+    with pytest.raises(SystemExit) as stop:
+        common.load_data("imagefolder", tmp_path, 4)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "a.png" in error and "8 bits" in error
+
+
+def test_what_does_not_fit_is_one_line(tmp_path, capsys):
+    for part in ("train", "test"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / part / "cat" / "a.png")
+    with pytest.raises(SystemExit) as stop:
+        common.load_data("imagefolder", tmp_path, 10**7)
+    assert stop.value.code == 2 and "--image-size" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write(temporary):
+        temporary.write_text("half of it")
+        raise RuntimeError("unexpected pos")   # torch.save's
+
+    with pytest.raises(SystemExit) as stop:
+        common.run(lambda: common.save_atomically(path, write))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--resume" in error and error.count("\n") == 1
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_results_of_another_run_are_not_taken_for_new(tmp_path, capsys):
+    (tmp_path / "done").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        common.run_directory(tmp_path, "", False)
+    assert stop.value.code == 2 and "holds a run already" in capsys.readouterr().err
 
 
 def test_the_newest_run_is_not_the_one_drawn_last(tmp_path):
