@@ -5,8 +5,9 @@ channels. Here the noise is varied: additions in an order drawn for every weight
 weight's gradient, flipped once; Gaussian noise of 2^-20 to 1 ulp of every weight's gradient; stochastic rounding;
 dropout; hardware order (racing threads), and hardware order recorded, and checked to repeat on replay. All else is
 equal: the weights at the start, and for one seed the batches. How far the channels are apart is the spread,
-||W - mean over output channels|| / ||W||, of the layer where it is largest. It grows exponentially from the size of the
-noise; at 1 % the symmetry counts as broken.
+||W - mean over output channels|| / ||W||, of the convolution where it is largest. From how far the first noise parts
+them it grows about exponentially; at 1 % the symmetry counts as broken. (Noise well below an ulp moves few weights, by
+an ulp each, so that the first spread goes about with the noise's square root, not with its size.)
 
     python symmetry.py                     # digits, one seed: three minutes of a core, shared out over the cores
     python symmetry.py --seeds 10          # with intervals, as in results/symmetry
@@ -63,7 +64,7 @@ def parse_arguments(argv=None):
     what.add_argument("--bit-layer", default="stages.1.0.conv", metavar="LAYER",
                       help="whose weight; default: stages.1.0.conv")
     what.add_argument("--dropout", type=float, nargs="+", default=[0.01], metavar="P",
-                      help="of the input of the blocks' convolutions; default: 0.01")
+                      help="probability with which inputs of the blocks' convolutions are dropped; default: 0.01")
     what.add_argument("--windows", nargs="+", default=["0:1", "1:2", "5:6", "20:21", "40:41"], metavar="A:B",
                       help=f"steps A <= step < B with order noise (G = {SPLITS}), in fixed order before and after; "
                            "default: 0:1 1:2 5:6 20:21 40:41")
@@ -71,7 +72,8 @@ def parse_arguments(argv=None):
     how = parser.add_argument_group("training: SGD with momentum 0.9 and weight decay 5e-4 at a constant rate")
     common.add_data(how, "not from a paper")
     how.add_argument("--blocks", type=int, default=6, metavar="N",
-                     help="residual blocks of one convolution, in 3 stages of 16, 32 and 64 channels; default: 6")
+                     help="residual blocks of one convolution, a multiple of 3: they make 3 stages of 16, 32 and 64 "
+                          "channels; default: 6")
     how.add_argument("--seeds", type=int, default=1, metavar="COUNT",
                      help="of batches and noise, the same for every arm; default: 1")
     how.add_argument("--steps", type=int, default=200, metavar="N", help="at most; default: 200")
@@ -260,8 +262,9 @@ def growth(steps, spreads):
     step where exponential growth at that rate from the first spread on gets there. None where there is no such thing.
 
     The fit takes the steps after the last spread below FIT[0] times the first one, up to the first above FIT[1], or up
-    to a leap in between: a step that multiplies the spread by more than LEAP. There a ReLU's input, all but equal in
-    the channels, has changed its sign in some of them alone.
+    to a leap: a step on the way, its first and its last included, that multiplies the spread by more than LEAP. There a
+    ReLU's input, all but equal in the channels, has changed its sign in some of them alone; or, where next to no weight
+    had moved before, others follow. At a leap to begin with there is no fit.
     """
     steps, spreads = np.asarray(steps), np.asarray(spreads)
     found = dict.fromkeys(["first_step", "first_spread", "rate", "r2", "fit_from", "fit_to", "leap", "passed",
@@ -274,7 +277,7 @@ def growth(steps, spreads):
     found["passed"] = next((int(step) for step, value in zip(steps, spreads, strict=True) if value > BROKEN), None)
     end = next(iter(np.flatnonzero(spreads > FIT[1])), len(spreads))
     start = max([first, *np.flatnonzero(spreads[:end] < FIT[0] * spreads[first])]) + 1
-    leap = next((i for i in range(start + 1, end) if spreads[i] > LEAP * spreads[i - 1]), None)
+    leap = next((i for i in range(start, min(end + 1, len(spreads))) if spreads[i] > LEAP * spreads[i - 1] > 0), None)
     if leap:
         found["leap"], end = int(steps[leap]), leap
     if end - start < POINTS:
@@ -289,9 +292,11 @@ def growth(steps, spreads):
 
 
 def law(summary):
-    """Is the time set by the size alone? Over the noises of one seed, a straight line through (ln(BROKEN / first
-    spread), steps from the first spread to BROKEN): the interval over the seeds of 1 / slope, a rate, and each R^2."""
-    rates, fits = [], []
+    """Is the time set by the first spread alone? Over the noises of one seed, a straight line through (ln(BROKEN /
+    first spread), steps from the first spread to BROKEN): the interval over the seeds of its slope, in steps, its
+    inverse, a rate, and each R^2. The slopes are averaged, not the rates, whose mean one slope near 0 would make. A
+    noise that did not get to BROKEN is not in it, which leaves out the slowest."""
+    slopes, fits = [], []
     for seed in sorted({seed for arm in summary for seed in arm["runs"]}):
         runs = [arm["runs"][seed] for arm in summary if arm["part"] == "noise" and seed in arm["runs"]]
         runs = [run for run in runs if run["passed"]]
@@ -299,9 +304,11 @@ def law(summary):
             x = np.log([BROKEN / run["first_spread"] for run in runs])
             y = np.array([run["passed"] - run["first_step"] for run in runs])
             slope, at_0 = np.polyfit(x, y, 1)
-            rates.append(float(1 / slope))
+            slopes.append(float(slope))
             fits.append(float(1 - (y - at_0 - slope * x).var() / y.var()))
-    return {"rate": common.interval(rates), "r2": fits}
+    steps = common.interval(slopes)
+    rate = [1 / value if value and value > 0 else None for value in (steps[0], steps[2], steps[1])]
+    return {"steps": steps, "rate": rate, "r2": fits}
 
 
 def differences(summary):
@@ -355,7 +362,9 @@ def summarise(rows, ends):
             "layers": {layer: {"parted": sum(end[layer] > 0 for end in last),
                                "spread": geometric([end[layer] for end in last])} for layer in layers},
             "runs": found})
-    return {"arms": summary, "law": law(summary), "leaps": leaps(rows), f"minus {SEEDED}": differences(summary)}
+    # Dropout's first spread is a thousand times any other's: a line through all is one from it to them.
+    laws = {"all noises": law(summary), "without dropout": law([arm for arm in summary if "dropout" not in arm["arm"]])}
+    return {"arms": summary, "law": laws, "leaps": leaps(rows), f"minus {SEEDED}": differences(summary)}
 
 
 def draw_figures(rows, summary, directory):
@@ -405,13 +414,19 @@ def draw_figures(rows, summary, directory):
     axis.set_xticks(range(len(layers)), layers, rotation=30, ha="right")
     axis.set_yticks(range(len(summary)), [f"{arm['part']}: {arm['arm']}" for arm in summary])
     axis.grid(False)
-    axis.set_title("spread of each layer when a run ends, geometric mean; 0: equal channels in every seed", fontsize=9)
+    axis.set_title("spread of each layer when a run ends, geometric mean over the seeds in which it is not 0;\n"
+                   "0: equal channels in every seed", fontsize=9)
     common.save_figure(figure, directory / "layers.png")
+
+
+def read_rows(directory):
+    """What `summarise` takes."""
+    return [common.read_csv(directory / name, text=("part", "arm")) for name in ("metrics.csv", "layers.csv")]
 
 
 def report(directory):
     """Figures and tables of a run from its files, so that they can be had again at any time."""
-    rows = common.read_csv(directory / "metrics.csv", text=("part", "arm"))
+    rows, _ = read_rows(directory)
     found = json.loads((directory / "summary.json").read_text())
     summary = found["arms"]
     draw_figures(rows, summary, directory)
@@ -420,19 +435,21 @@ def report(directory):
         mean, low, high = value
         if mean is None:
             return ""
-        return f"{mean:.{digits}g}" + (f" ({low:.{digits}g}, {high:.{digits}g})" if low is not None else "")
+        return f"{mean:.{digits}g}" + (f" ({low:.{digits}g}, {high:.{digits}g})" if None not in (low, high) else "")
 
     for part in dict.fromkeys(arm["part"] for arm in summary):
-        print(f"\n{part}: mean and 95 % interval over seeds\n{'':<24}{'broken':>8}{'first spread':>30}"
+        print(f"\n{part}: mean and 95 % interval over the seeds that have it\n{'':<24}{'broken':>8}{'first spread':>30}"
               f"{'rate [1/step]':>26}{'R²':>7}{'step of 1 %':>22}{'predicted':>22}")
         for arm in summary:
             if arm["part"] == part:
                 r2 = "" if arm["r2"][0] is None else f"{arm['r2'][0]:.3f}"
                 print(f"{arm['arm']:<24}{arm['broken']:>3} of {arm['seeds']}{cell(arm['first_spread'], 2):>30}"
                       f"{cell(arm['rate'], 3):>26}{r2:>7}{cell(arm['passed'], 3):>22}{cell(arm['predicted'], 3):>22}")
-    if found["law"]["rate"][0]:
-        print(f"\nover the noises of a seed, steps to 1 % against ln(1 / first spread): 1 / slope "
-              f"{cell(found['law']['rate'], 3)} per step, R² {', '.join(f'{r2:.2f}' for r2 in found['law']['r2'])}")
+    for which, line in found["law"].items():
+        if line["steps"][0] is not None:
+            print(f"\n{which} of a seed that got to 1 %, steps to there against ln(1 / first spread): slope "
+                  f"{cell(line['steps'], 3)} steps, its inverse {cell(line['rate'], 3)} per step, "
+                  f"R² {', '.join(f'{r2:.2f}' for r2 in line['r2'])}")
     print(f"\nsteps that multiply the spread by more than {LEAP:g}, by the spread before\n{'from':<8}"
           f"{'a ReLU on in some channels alone':>36}{'none':>18}")
     for decade, kinds in found["leaps"].items():
@@ -481,7 +498,7 @@ def main(argv=None):
         print("symmetry.py: diverged: {part}, {arm}, seed {seed}: loss or spread is not finite at step {step}; ".format(
             **diverged[0]) + f"try a smaller --lr (was {args.lr}); metrics: {out}/metrics.csv", file=sys.stderr)
         return 3
-    rows = common.read_csv(out / "metrics.csv", text=("part", "arm"))
+    rows, ends = read_rows(out)   # as they are there, so that the summary can be had from them again
     common.write_json(out / "summary.json", summarise(rows, ends))
     if args.tensorboard:
         common.log_to_tensorboard(out, ((f"{key}/{row['part']}/{row['arm']}/seed{row['seed']}", row[key], row["step"])

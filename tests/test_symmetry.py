@@ -64,6 +64,16 @@ def test_a_leap_ends_the_fit():
     assert symmetry.growth(steps, 1e-8 * np.exp(0.1 * steps) * np.where(steps < 80, 1, 5))["leap"] is None
 
 
+def test_a_leap_at_either_end_of_the_fit_is_seen():
+    steps = np.arange(1, 200)
+    over_the_end = symmetry.growth(steps, 1e-8 * np.exp(0.1 * steps) * np.where(steps < 100, 1, 1e4))
+    assert over_the_end["leap"] == 100 and over_the_end["fit_to"] == 99 and over_the_end["rate"] == pytest.approx(0.1)
+    at_once = symmetry.growth(steps, 1e-8 * np.exp(0.01 * steps) * np.where(steps < 80, 1, 20))
+    assert at_once["leap"] == 80 and at_once["rate"] is None
+    went_away = symmetry.growth(steps, np.where(steps == 2, 0, 1e-8 * np.exp(0.1 * steps)))   # and came again: no leap
+    assert went_away["first_step"] == 1 and went_away["leap"] is None and went_away["rate"] == pytest.approx(0.1)
+
+
 def test_leaps_are_counted_with_and_without_mixed_relus():
     def run(seed, *steps):
         return [{"seed": seed, "step": step, "spread": spread, "mixed": mixed} for step, (spread, mixed) in
@@ -128,9 +138,32 @@ def test_law_and_differences():
     assert abs(a["predicted_minus_passed"][0]) < 1 and a["first_spread"][0] == pytest.approx(1e-12, rel=0.2)
     assert a["layers"]["conv"]["parted"] == 3 and a["layers"]["conv"]["spread"][0] == pytest.approx(0.1)
     assert a["layers"]["stem"] == {"parted": 0, "spread": [None] * 3} == found["arms"][1]["layers"]["conv"]
-    assert found["law"]["rate"][0] == pytest.approx(np.mean(list(seeds.values())), rel=0.08) and min(found["law"]["r2"]) > 0.97
+    line = found["law"]["all noises"]
+    assert line["rate"][0] == pytest.approx(np.mean(list(seeds.values())), rel=0.08) and min(line["r2"]) > 0.97
     assert found["minus order, G = 8"][symmetry.HARDWARE]["rate"] == pytest.approx([0.01] * 3)
     assert found["minus order, G = 8"]["order, G = 8"]["passed"] == [0, 0, 0]
+
+
+def arm(name, *runs):
+    """With runs of (first spread, steps to 1 %)."""
+    return {"arm": name, "part": "noise", "runs": {seed: {"first_step": 2, "first_spread": spread, "passed": 2 + steps}
+                                                   for seed, (spread, steps) in enumerate(runs)}}
+
+
+def test_the_law_averages_slopes():
+    """Of which one near 0 has no say: the mean of 10 steps, 10 and 0.01 is 6.67, that of the rates 33."""
+    slopes = (10, 10, 0.01)
+    line = symmetry.law([arm(str(size), *((0.01 * math.exp(-size), slope * size) for slope in slopes)) for size in (8, 9, 12)])
+    assert line["steps"][0] == pytest.approx(20.01 / 3) and line["rate"][0] == pytest.approx(3 / 20.01)
+    assert line["steps"][1] < 0 and line["rate"][2] is None and line["rate"][1] == pytest.approx(1 / line["steps"][2])
+    assert symmetry.law([])["rate"] == [None] * 3
+
+
+def test_the_law_is_told_without_dropout_too(run, tmp_path):
+    done = run("symmetry.py", *QUICK, "--steps", 30, "--lr", 0.4, "--parts", "noise", "--dropout", 0.1, 0.2, 0.3, "--out", tmp_path / "a")
+    law = json.loads((tmp_path / "a" / "summary.json").read_text())["law"]
+    assert len(law["all noises"]["r2"]) == 2 and law["without dropout"]["r2"] == []
+    assert "all noises of a seed" in done.stdout and "without dropout of a seed" not in done.stdout
 
 
 def test_the_model_starts_as_constnet():
@@ -228,6 +261,8 @@ def test_script_resume_and_plot_only(run, tmp_path):
     assert run("symmetry.py", *QUICK, "--parts", "layers", "windows", "--out", parts, "--resume").returncode == 0
     for name in ("metrics.csv", "layers.csv", "summary.json"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    made = json.loads(json.dumps(symmetry.summarise(*symmetry.read_rows(whole))))   # from its files again
+    assert made == json.loads((whole / "summary.json").read_text())
     figures = {name: (whole / name).read_bytes() for name in ("spread.png", "layers.png")}
     assert run("symmetry.py", "--plot-only", whole).returncode == 0
     assert all((whole / name).read_bytes() == before for name, before in figures.items())
