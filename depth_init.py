@@ -62,14 +62,15 @@ def parse_arguments(argv=None):
 
     net = parser.add_argument_group("the network and its scaling")
     net.add_argument("--network", choices=("fc", "conv"), default="fc",
-                     help="fully connected; or 3x3 convolutions that halve the image after each third of the layers, "
-                          "and the image's mean; default: fc")
+                     help="fully connected; or 3x3 convolutions that halve the image after the first and after the "
+                          "second third of the layers, and the image's mean; default: fc")
     net.add_argument("--layers", type=int, default=54, metavar="L",
                      help="before the output layer; default and paper: 54")
     net.add_argument("--width", type=int, default=64, metavar="N", help="units or channels; default and paper: 64")
     net.add_argument("--activation", choices=("relu", "tanh"), default="relu", help="default and paper: relu")
     net.add_argument("--function", choices=("power", "log"), default="power",
-                     help="by which s_l grows; default: power; the paper's is lost")
+                     help="by which s_l grows; log from layer 2 on, since s_1 = 1 lies above s_2 (0.25 at L = 54, V = "
+                          "22); default: power; the paper's is lost")
     net.add_argument("--n", type=float, default=2.0, metavar="N",
                      help="of power: s_l = (l / k + c)^(1/N); default: 2")
     net.add_argument("--c", type=float, default=0.0, metavar="C",
@@ -262,7 +263,9 @@ def distributions(model, x, y, names, when):
     for layer, z in enumerate(watched):
         for quantity, values in (("weight", model.layers[layer].weight), ("activation", z), ("gradient", z.grad)):
             values = values.detach().flatten().double()
-            some = values[:: max(1, len(values) // 20_000)]
+            # Drawn, as every k-th value would be of some images or units alone where k divides their number.
+            drawn = torch.randint(len(values), (20_000,), generator=torch.Generator().manual_seed(0))
+            some = values[drawn.to(values.device)] if len(values) > 40_000 else values
             quantiles = torch.quantile(some, torch.tensor(QUANTILES).to(some)).tolist()
             rows.append({**names, "epoch": when, "layer": layer + 1, "quantity": quantity,
                          "mean_square": values.square().mean().item(),
@@ -426,7 +429,7 @@ def draw_figures(rows, layers, config, directory):
                                   color=style(arm)["color"], alpha=0.12)
         axes[0, column].set(title=f"{kind[0]}, batch norm {kind[1]}", ylabel="" if column else "test accuracy [%]")
         axes[1, column].set(xlabel="epoch", ylabel="" if column else "training loss")
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     common.save_figure(figure, directory / "curves.png")
 
     figure, axes = plt.subplots(3, len(kinds), figsize=(4.2 * len(kinds), 9), squeeze=False, sharex=True, sharey="row",
@@ -453,7 +456,7 @@ def draw_figures(rows, layers, config, directory):
     for axis, label in zip(axes[:, 0], ("mean square of z (dotted: theory)", "mean square of its gradient",
                                         "weights: 1, 25, 75, 99 %"), strict=True):
         axis.set_ylabel(label)
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     common.save_figure(figure, directory / "layers.png")
 
 
