@@ -94,6 +94,8 @@ def stream(args, *key):
 
 def deviation(init, n_in, n_out):
     """Standard deviation of the weights before any truncation; of all initialisations but pytorch's."""
+    # The slides have 1 / (n_in + n_out) for Xavier's normal weights and 2 / (n_in + n_out) for uniform ones. The first
+    # is a slip: Glorot and Bengio's variance is the second, whatever the distribution.
     return math.sqrt(2 / (n_in + n_out) if init.startswith("xavier") else (4 if init.startswith("2x") else 2) / n_in)
 
 
@@ -162,7 +164,8 @@ def steps_to_start(parameters, forward, data, args, generator):
     for step in range(args.cap + 1):
         if step % args.every == 0 or step == args.cap:
             with torch.no_grad():
-                right = (forward(parameters, test).argmax(1) == test_labels[:1000]).double().mean(1) * 100
+                scores = forward(parameters, test)   # the largest of NaNs would be the first, a guess of class 0
+                right = (scores.isfinite().all(1) & (scores.argmax(1) == test_labels[:1000])).double().mean(1) * 100
             started = [step if seen is None and accuracy >= TARGET else seen
                        for seen, accuracy in zip(started, right.tolist(), strict=True)]
             if None not in started:
@@ -193,7 +196,8 @@ def fully_connected(init, widths, inputs, classes, seeds, generator):
 
 
 def residual(base, modules, inputs, classes, seeds, generator, width=5):
-    """The same for a He-initialised network f_l = f_(l-1) + b^l relu(W_l f_(l-1)) between two linear layers."""
+    """The same for a He-initialised network f_l = f_(l-1) + b^l relu(W_l f_(l-1)) between a linear layer with a ReLU,
+    f_0, and a linear layer."""
     sizes = [(inputs, width), *[(width, width)] * modules, (width, classes)]
     parameters = [initial_layer("he normal", seeds, *size, generator)[0] for size in sizes]
 
@@ -311,13 +315,19 @@ def draw_figures(rows, directory):
                  if any(row["part"] == part and row["quantity"] == quantity for row in rows)]
         if not parts:
             return
-        figure, axes = plt.subplots(1, len(parts), figsize=(5 * len(parts), 3.8), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(1, len(parts), figsize=(1.3 + 5 * len(parts), 3.8), squeeze=False,
+                                    layout="constrained")
         for axis, (part, quantity, draw) in zip(axes[0], parts, strict=True):
             mine = [row for row in rows if row["part"] == part and row["quantity"] == quantity]
             for which, setting in enumerate(dict.fromkeys(row["setting"] for row in mine)):
                 draw(axis, sorted((row for row in mine if row["setting"] == setting), key=lambda row: row["x"]),
                      {"color": f"C{which}", "label": setting, "marker": "."})
-        axes[0][0].legend(fontsize=7)
+            if mine[0]["capped"] is not None:
+                networks, capped = (sum(row[key] for row in mine) for key in ("n", "capped"))
+                axis.set_title(f"{networks - capped:.0f} of {networks:.0f} networks started", fontsize=9)
+                # From 0, else the panel magnifies one network where all others are capped.
+                axis.set_ylim(0, 1.05 * max(row["high"] for row in mine) or 1)
+        figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
         common.save_figure(figure, directory / name)
 
     def column(rows, key):
@@ -413,8 +423,10 @@ def main(argv=None):
     *tensors, classes = common.load_data(args.dataset, args.data_dir, args.image_size)
     data = [tensor.flatten(1).to(args.device) if tensor.ndim > 1 else tensor.to(args.device) for tensor in tensors]
     data += [classes]
-    common.need(classes * TARGET > 100 or args.parts == ["lengths"], "--dataset",
-                f"{args.dataset} of {classes} classes", f"of more than {100 // TARGET}: a guess would count as a start")
+    largest = 100 * data[3][:1000].bincount().max().item() / len(data[3][:1000])
+    common.need(largest < TARGET or args.parts == ["lengths"], "--dataset",
+                f"{args.dataset}, whose largest class has {largest:.3g} % of the images that are tested,",
+                f"of classes of less than {TARGET} %: a guess would count as a start")
     out = common.start_run(args, f"runs/length_scales/{args.dataset}", ("parts", "inits", "depths", "start_depths",
                                                                         "modules", "device"))
     pieces = {f"{part}, {setting}, {depth}": (part, setting, depth, measure)

@@ -161,12 +161,23 @@ def test_means_where_float32_ends_are_not_compared():
     assert length_scales.summarise(rows)["means_within_4_standard_errors_of_theory"] == [1, 1]
 
 
-def test_a_start_is_more_than_guessing(capsys, monkeypatch, tmp_path):
-    images, labels = torch.zeros(10, 1, 4, 4, dtype=torch.uint8), torch.arange(10) % 5
-    monkeypatch.setattr(common, "load_data", lambda *_: (images, labels, images, labels, 5))
+@pytest.mark.parametrize("labels,share", [([0, 1, 2, 3, 4] * 2, 20), ([0, 1, 2, 3, 4, 5, 6, 7, 7, 7], 30)])
+def test_a_start_is_more_than_guessing(capsys, monkeypatch, tmp_path, labels, share):
+    """A constant guess is as good as the largest class is large, however many others there are."""
+    images, labels = torch.zeros(10, 1, 4, 4, dtype=torch.uint8), torch.tensor(labels)
+    monkeypatch.setattr(common, "load_data", lambda *_: (images, labels, images, labels, 10))
     with pytest.raises(SystemExit):
-        length_scales.main(["--out", str(tmp_path / "a")])
-    assert "5 classes" in capsys.readouterr().err
+        length_scales.main(["--parts", "start", "--start-depths", "2", "--cap", "1", "--out", str(tmp_path / "a")])
+    error = capsys.readouterr().err
+    assert f"{share} % of the images" in error and error.count("\n") == 1
+
+
+def test_a_network_that_diverged_has_not_started():
+    images, _, _, _ = random_images()
+    zeros = torch.zeros(200, dtype=torch.int64)
+    found = length_scales.steps_to_start([torch.full((2, 1, 1), math.nan)], lambda p, x: p[0] + torch.zeros(2, 10, x.shape[2]),
+                                         [images, zeros, images, zeros, 10], arguments("--cap", 1), generator())
+    assert found == [None, None]
 
 
 # ------------------------------------------------------------------------------------------------------------ the script
