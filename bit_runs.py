@@ -252,7 +252,9 @@ def table_3(rows):
 def told_apart(rows):
     """Question 1. Per group of bits: the share of pairs (one untrained, one trained network) in which the trained one
     has the larger root mean square z over its weights of convolutions and fully connected layers, ties counted half
-    (the area under the ROC curve: 0.5 is chance), with a 95 % bootstrap interval over the networks. Also per bit."""
+    (the area under the ROC curve: 0.5 is chance), with a 95 % bootstrap interval over the networks, each drawn before
+    and after training at once. (It says nothing where the area is 0 or 1, as that of every sample then is.) Also per
+    bit."""
     def score(arm, seed, bits):
         z = [row["z"] for row in rows if row["arm"] == arm and row["seed"] == seed and row["bit"] in bits
              and row["z"] is not None and row["type"] in ("convolution weight", "fully connected weight")]
@@ -265,8 +267,7 @@ def told_apart(rows):
     random, found = np.random.default_rng(0), []
     for group, bits in [*GROUPS.items(), *((f"bit {bit}", [bit]) for bit in range(32))]:
         before, after = (np.array([score(arm, seed, bits) for seed in seeds]) for arm in ("before", "after"))
-        samples = [area(before[random.integers(len(seeds), size=len(seeds))],
-                        after[random.integers(len(seeds), size=len(seeds))]) for _ in range(1000)]
+        samples = [area(before[drawn], after[drawn]) for drawn in random.integers(len(seeds), size=(1000, len(seeds)))]
         low, high = map(float, np.percentile(samples, [2.5, 97.5])) if len(seeds) > 1 else (None, None)
         found.append({"bits": group, "area": area(before, after), "low": low, "high": high,
                       "rms_z_before": float(before.mean()), "rms_z_after": float(after.mean())})
@@ -287,6 +288,7 @@ def draw_figure(rows, path):
     plt = common.plot_style()
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     kinds = [kind for kind in TYPES if any(row["type"] == kind and row["z"] is not None for row in rows)] or TYPES[:1]
+    largest = max((abs(row["z"]) for row in rows if row["z"] is not None), default=0)
     figure, axes = plt.subplots(1, len(kinds), figsize=(1 + 3.2 * len(kinds), 3.4), sharey=True, squeeze=False,
                                 layout="constrained")
     for axis, kind in zip(axes[0], kinds, strict=True):
@@ -299,8 +301,11 @@ def draw_figure(rows, path):
             axis.axvline(bits, color="0.7", linewidth=0.8)
         axis.axhline(1.96, color="0.4", linewidth=0.8, linestyle="--")
         axis.set(title=kind, xlabel="bit (0-22 fraction, 23-30 exponent, 31 sign)")
-        if any(abs(row["z"]) > 20 for row in rows if row["z"] is not None):
+        if largest > 20:
             axis.set_yscale("symlog", linthresh=10)
+            ticks = [0, 5, *(m * 10 ** e for e in range(1, 7) for m in (1, 2, 5))]
+            axis.set_yticks([tick for tick in ticks if tick <= largest])
+            axis.yaxis.set_major_formatter("{x:g}")
     axes[0][0].set_ylabel("|z| of the number of runs (dashed: 5 % level)")
     axes[0][0].legend(markerscale=3)
     common.save_figure(figure, path)
@@ -323,14 +328,15 @@ def report(directory):
     if images["mean_z"] is not None:
         print(f"\nmean |z| of {images['images']} images of {images['pixels']} values: {images['mean_z']:.3f}")
     if "told_apart" in summary:
-        accuracy = summary["test_accuracy"]
-        print(f"\ncan trained networks be told from untrained ones? ({summary['seeds']} of each, test accuracy after "
+        networks, accuracy = summary["networks"], summary["test_accuracy"]
+        print(f"\ncan trained networks be told from untrained ones? ({networks} of each, test accuracy after "
               f"training {'-' if accuracy is None else f'{accuracy:.1f} %'})\n"
               f"{'bits':<16}{'area under ROC':>15}{'95 % interval':>18}{'rms z before':>14}{'after':>8}")
         for row in summary["told_apart"][:len(GROUPS)]:
             between = "" if row["low"] is None else f"{row['low']:.3f} - {row['high']:.3f}"
             print(f"{row['bits']:<16}{row['area']:>15.3f}{between:>18}"
                   f"{row['rms_z_before']:>14.2f}{row['rms_z_after']:>8.2f}")
+        print("where the area is 0 or 1 the interval, a bootstrap's, says nothing")
 
 
 def main(argv=None):
@@ -364,9 +370,10 @@ def main(argv=None):
                          for arm in dict.fromkeys(row["arm"] for row in rows)},
                "images": image_z(data[0], args.images)}
     if not state:
-        trained = [accuracy for accuracy in accuracies if accuracy is not None]
-        summary.update(seeds=args.seeds, test_accuracy=statistics.fmean(trained) if trained else None,
-                       told_apart=told_apart(rows))
+        trained = {seed: accuracy for seed, accuracy in enumerate(accuracies) if accuracy is not None}
+        summary.update(seeds=args.seeds, networks=len(trained),
+                       test_accuracy=statistics.fmean(trained.values()) if trained else None,
+                       told_apart=told_apart([row for row in rows if row["seed"] in trained]) if trained else [])
     common.write_csv(out / "metrics.csv", rows)
     common.write_json(out / "summary.json", summary)
     if args.tensorboard:

@@ -111,6 +111,15 @@ def test_told_apart_by_what_differs():
     assert {row["bits"]: row for row in bit_runs.told_apart(rows(0.0))}["sign"]["area"] == 0
 
 
+def test_the_bootstrap_draws_pairs():
+    """z goes from seed to seed by far more than training adds: drawn in pairs before and after hardly differ in their order,
+    drawn apart they would lie anywhere."""
+    rows = [{"arm": arm, "seed": seed, "layer": "w", "type": "convolution weight", "bit": bit, "p": 0.5,
+             "z": seed + (0.5 if arm == "after" else 0)} for arm in ("before", "after") for seed in range(8) for bit in range(32)]
+    found = bit_runs.told_apart(rows)[0]
+    assert found["area"] == 36 / 64 and 0 < found["high"] - found["low"] < 0.15
+
+
 def test_images_are_no_coin():
     random = torch.randint(0, 256, (20, 1, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     smooth = torch.arange(1600, dtype=torch.float32).div(1600 / 255).to(torch.uint8).view(1, 1, 40, 40).expand(20, -1, -1, -1)
@@ -173,12 +182,28 @@ def test_weights_without_a_bit_that_varies(run, tmp_path):
     assert done.returncode == 0 and "all equal" in done.stdout, done.stderr
 
 
+def test_networks_that_diverged_are_not_told_apart(monkeypatch, tmp_path, capsys):
+    """Of three networks the second diverges: the others alone are counted, before training, too."""
+    real = bit_runs.before_and_after
+    monkeypatch.setattr(bit_runs, "before_and_after",
+                        lambda args, data, seed: (real(args, data, seed)[0], None if seed == 1 else 50.0))
+    assert bit_runs.main([*map(str, ("--seeds", 3, "--steps", 2, "--images", 5, "--out", tmp_path / "a"))]) == 3
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    rows = bit_runs.common.read_csv(tmp_path / "a" / "metrics.csv", text=("arm", "layer", "type"))
+    alone = bit_runs.told_apart([row for row in rows if row["seed"] != 1])
+    assert summary["networks"] == 2 and len(rows) % 3 == 0 and "2 of each" in capsys.readouterr().out
+    assert [row["rms_z_before"] for row in summary["told_apart"]] == pytest.approx([row["rms_z_before"] for row in alone], rel=1e-4)
+
+
 def test_divergence_is_exit_3_and_one_seed_has_no_interval(run, tmp_path):
+    one = tmp_path / "one"
+    assert run("bit_runs.py", "--seeds", 1, "--steps", 1, "--images", 5, "--out", one).returncode == 0
+    assert json.loads((one / "summary.json").read_text())["told_apart"][0]["low"] is None
     done = run("bit_runs.py", "--seeds", 1, "--steps", 20, "--images", 5, "--lr", 1e30, "--out", tmp_path / "a")
     assert done.returncode == 3 and "diverged: 1 of 1" in done.stderr and "Traceback" not in done.stderr
     last = run("bit_runs.py", "--seeds", 1, "--steps", 1, "--images", 5, "--lr", 1e38, "--out", tmp_path / "b")
     assert last.returncode == 3, last.stderr
-    assert json.loads((tmp_path / "a" / "summary.json").read_text())["told_apart"][0]["low"] is None
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["told_apart"] == []
     (tmp_path / "a" / "metrics.csv").write_bytes((tmp_path / "a" / "metrics.csv").read_bytes()[:1000])
     (tmp_path / "a" / "done" / "seed 0.json").write_text("null")
     for arguments, named in ((("--plot-only", tmp_path / "a"), "another length"),
