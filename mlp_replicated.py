@@ -206,18 +206,21 @@ def train(cells, units, seeds, data, args, tick):
             for total, (width, alike, first, w2) in zip(wrong, groups, strict=True):
                 scores = torch.bmm(w2, h[:, first:first + len(alike) * width].reshape(S * len(alike), width, -1))
                 total += (scores.argmax(1) != y_test[i:i + SLICE]).sum(1).view(S, -1)
-        return [100 * total / len(x_test) for total in wrong]
+                total.masked_fill_(~scores.isfinite().flatten(1).all(1).view(S, -1), math.nan)
+        for total, (width, alike, first, w2) in zip(wrong, groups, strict=True):   # an infinite weight can be hidden
+            for w in (w1[:, first:first + len(alike) * width], w2):
+                total.masked_fill_(~w.reshape(S, len(alike), -1).isfinite().all(2), math.nan)
+        return [(100 * total / len(x_test)).tolist() for total in wrong]
 
     def log(step):
         errors = test_errors() if step == args.steps else [None] * len(groups)
-        for error, (width, alike, first, w2) in zip(errors, groups, strict=True):
-            healthy = w2.isfinite().flatten(1).all(1).view(S, -1).tolist()
+        for error, (width, alike, first, _) in zip(errors, groups, strict=True):
             for s, seed in enumerate(seeds):
                 counts = distinct_units(w1[s, first:first + len(alike) * width].view(len(alike), width, inputs))
                 for c, cell in enumerate(alike):
                     rows.append({**cell._asdict(), "seed": seed, "step": step,
                                  "distinct": counts[0][c], "distinct_to_1e-3": counts[1][c],
-                                 "test_error": error[s, c].item() if error is not None and healthy[s][c] else None})
+                                 "test_error": error[s][c] if error and math.isfinite(error[s][c]) else None})
 
     rows, steps_per_epoch, one = [], len(x_train) // batch, torch.eye(classes, device=device)
     logged = set(logged_steps(args.steps))
@@ -382,7 +385,7 @@ def draw_figures(rows, directory):
             axis.set(title=f"noise {noise:g}" + (f", dropout {dropout:g}" if dropout else ""), **labels)
             axis.set_yscale("log", base=2 if path == "features.png" else 10)
             axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "23468" else "")   # 9 and 10 overlap
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center")
         common.save_figure(figure, directory / path)
 

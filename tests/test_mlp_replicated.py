@@ -321,6 +321,22 @@ def test_resume_refuses_another_configuration(reference, run):
     assert done.returncode == 2 and "--lr 0.1" in done.stderr
 
 
+def test_scores_that_overflow_are_a_divergence():
+    """After one step at this rate the weights are finite, but no score is: the largest NaN would be a guess of class 0."""
+    found = rows("--widths", 8, "--features", 2, "--noise", 0, "--lr", 1e25, "--steps", 1)
+    assert found[(8, 2, 0.0, 0.0), 0, 1]["test_error"] is None
+
+
+def test_an_infinite_weight_is_a_divergence(monkeypatch):
+    """Even where ReLU hides it: -inf times a pixel that is never 0."""
+    data, real = digits(), mlp_replicated.initial_weights
+    data[0], data[2] = data[0].clamp(min=1), data[2].clamp(min=1)
+    monkeypatch.setattr(mlp_replicated, "initial_weights", lambda *given: (real(*given)[0].fill_(-math.inf), real(*given)[1]))
+    args = mlp_replicated.parse_arguments(["--widths", "8", "--features", "2", "--noise", "0", "--lr", "0", "--steps", "1"])
+    *_, last = mlp_replicated.train(mlp_replicated.grid(args), mlp_replicated.TILE, [0], data, args, lambda n: None)
+    assert last["test_error"] is None
+
+
 def test_divergence_keeps_the_metrics(run, tmp_path):
     done = run("mlp_replicated.py", *QUICK, "--lr", 1e30, "--out", tmp_path / "run")
     assert done.returncode == 3 and "diverged" in done.stderr
