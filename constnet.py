@@ -7,7 +7,7 @@ weights (fixed, or one permutation shared by a layer) the channels stay copies o
 learns; with an order drawn for every weight (shuffled) or left to racing threads (atomic) they part, and it learns.
 
     python constnet.py --order fixed shuffled atomic          # digits, about a minute on two cores
-    python constnet.py --dataset cifar100 --dropout 0         # the paper's run; wants a GPU
+    python constnet.py --dataset cifar100 --dropout 0         # the paper's network, in shuffled order; wants a GPU
     python constnet.py --table1 --seed 0 1 2                  # Table 1 and its footnote, beside the paper's numbers
     torchrun --nproc-per-node 4 constnet.py --dataset cifar10     # data parallel; a study's runs are shared out instead
 
@@ -1028,6 +1028,7 @@ def draw_figure(rows, summary, path):
         filters.plot(range(len(layers)), list(layers.values()), marker=".", **style)
     if not any(value > 0 for line in spread.get_lines() for value in line.get_ydata()):
         spread.text(0.5, 0.5, "no channel ever differed", transform=spread.transAxes, ha="center")
+        spread.set_yticks([])
     else:
         spread.set_yscale("log")
     parts = {arm["init"] or "none" for arm in summary}
@@ -1040,7 +1041,10 @@ def draw_figure(rows, summary, path):
     filters.set_yscale("log", base=2)
     filters.yaxis.set_major_formatter("{x:.0f}")
     filters.set_xticklabels([layer.replace("stages.", "") for layer in layers], rotation=90, fontsize=6)
-    accuracy.legend(fontsize=6 if len(arms) > 4 else None)
+    if len(arms) > 3:
+        figure.legend(*accuracy.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
+    else:
+        accuracy.legend()
     common.save_figure(figure, path)
 
 
