@@ -53,16 +53,18 @@ def compare(ours, theirs, seconds=2.0):
 
 def sums():
     rows = []
-    for exponent in range(20, 29, 2):
-        x = torch.randn(1 << exponent)
+    others = [(exponent, dtype) for dtype in (torch.float64, torch.bfloat16, torch.float16) for exponent in (20, 24)]
+    for exponent, dtype in [*((exponent, torch.float32) for exponent in range(20, 29, 2)), *others]:
+        x = torch.randn(1 << exponent).to(dtype)
         square = x.view(1 << exponent // 2, -1)
         cases = [("whole", x, None), ("rows", square, 1), ("columns", square, 0)]
-        if exponent == 20:
+        if exponent == 20 and dtype == torch.float32:
             cases += [(f"rows of {n}", x[: len(x) // n * n].view(-1, n), 1) for n in (64, 100, 256, 784)]
         for name, terms, dim in cases:
             ratio, ours, theirs = compare(lambda: ordered_reduce.sum(terms, dim),
                                           lambda: terms.sum() if dim is None else terms.sum(dim))
-            rows.append({"what": f"sum fixed, 2^{exponent}, {name}", "throughput_of_torch_sum": round(ratio, 3),
+            kind = "" if dtype == torch.float32 else f"{str(dtype)[6:]}, "
+            rows.append({"what": f"sum fixed, {kind}2^{exponent}, {name}", "throughput_of_torch_sum": round(ratio, 3),
                          "microseconds": round(ours * 1e6, 1), "torch_microseconds": round(theirs * 1e6, 1)})
             print(rows[-1], flush=True)
     return rows
@@ -70,9 +72,9 @@ def sums():
 
 def exact():
     rows = []
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for shape, dim in (((1 << 20,), None), ((1 << 24,), None), ((4096, 4096), 1), ((4096, 4096), 0),
-                           ((1 << 18, 64), 1), ((64, 1 << 18), 0), ((8, 1 << 20), 0)):
+                           ((1 << 18, 64), 1), ((1 << 20, 8), 1), ((64, 1 << 18), 0), ((8, 1 << 20), 0)):
             x = torch.randn(shape, dtype=torch.float64).to(dtype)   # floats as doubles often add up to ties
             ratio, ours, theirs = compare(lambda: ordered_reduce.sum(x, dim, order="exact"),
                                           lambda: ordered_reduce.sum(x, dim), seconds=1)
