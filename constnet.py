@@ -13,8 +13,9 @@ learns; with an order drawn for every weight (shuffled) or left to racing thread
 
 The sections below: arguments, the two networks, symmetry measures, training, the studies (Table 1, Figure 2, LeakyNet,
 pruning, signal propagation), results. Every run writes config.json, metrics.csv (a row per arm, seed and step, up to
-step 500, then per epoch), summary.json, constnet.png, the weights of every finished arm as ARM-SEED.pt, and, while an
-arm runs, ARM-SEED.csv and ARM-SEED-checkpoint.pt; --signal writes signal.csv and signal.png instead.
+step 500, then per epoch), summary.json, constnet.png, the weights of every finished arm as ARM-SEED.pt (--prune also
+those that it rewinds to, ARM-SEED-rewind.pt), and, while an arm runs, ARM-SEED.csv and ARM-SEED-checkpoint.pt; --signal
+writes signal.csv and signal.png instead.
 Exit status: 0 done, 2 bad input, 3 diverged (the metrics are kept), 130 interrupted (the checkpoint is kept).
 """
 

@@ -544,6 +544,11 @@ def test_pruned_weights_stay_zero_and_the_rest_starts_as_before(tmp_path, run):
     assert found["standard-random-0.2"]["nonzero"] == pytest.approx(20, abs=0.1) and (tmp_path / "a" / "prune.png").exists()
     with open(tmp_path / "a" / "metrics.csv", newline="") as file:
         assert min(int(row["step"]) for row in csv.DictReader(file) if row["arm"] == "standard-random-0.2") == 3
+    (tmp_path / "a" / "done" / "standard-random-0.2-0.json").unlink()
+    again = run("constnet.py", *QUICK, "--order", "fixed", "--prune", 0.2, "--rewind", 3, "--resume", "--out", tmp_path / "a")
+    assert again.returncode == 0, again.stderr
+    hashes = {arm["arm"]: arm["weights_sha256"] for arm in results(tmp_path / "a")}
+    assert hashes == {name: arm["weights_sha256"] for name, arm in found.items()}
 
 
 def test_prox_makes_arms_that_are_sparse(tmp_path, run):
