@@ -106,6 +106,10 @@ def add_files(parser, name, kept):
                        help="also log to DIR/tensorboard (pip install tensorboard)")
 
 
+def _reads_folder(args):
+    return "imagefolder" in (args.dataset, *(getattr(args, "figure2", None) or ()))
+
+
 def check_common(args, defaults=None, cuda=True):
     """Checks what add_data and add_files added, fills in the defaults of the data set, and joins torchrun's processes.
     cuda: whether the experiment could use a GPU."""
@@ -113,8 +117,7 @@ def check_common(args, defaults=None, cuda=True):
     for name, value in (defaults or {}).get(args.dataset, {}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    folder = "imagefolder" in (args.dataset, *(getattr(args, "figure2", None) or ()))
-    need(args.image_size is None or (folder and args.image_size >= 1), "--image-size", args.image_size,
+    need(args.image_size is None or (_reads_folder(args) and args.image_size >= 1), "--image-size", args.image_size,
          "at least 1, and is for imagefolder alone")
     if args.device == "auto":
         args.device = "cuda" if cuda and torch.cuda.is_available() else "cpu"
@@ -353,8 +356,7 @@ def start_run(args, default, may_differ=()):
 def _start_run(args, default, may_differ):
     out = run_directory(args.out, default, args.resume)
     # torchvision's sets are the same wherever they lie; a folder of images is its own.
-    folder = "imagefolder" in (args.dataset, *(getattr(args, "figure2", None) or ()))
-    unrecorded = ("out", "resume", "plot_only", "tensorboard", *(() if folder else ("data_dir",)))
+    unrecorded = ("out", "resume", "plot_only", "tensorboard", *(() if _reads_folder(args) else ("data_dir",)))
     arguments = {key: value for key, value in vars(args).items() if key not in unrecorded}
     arguments["device"] = torch.device(args.device).type   # torchrun numbers them
     if args.resume:

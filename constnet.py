@@ -1077,10 +1077,10 @@ def draw_pruned(summary, path):
     figure, axis = common.plot_style().subplots(figsize=(5.5, 3.8), layout="constrained")
     for which, start in enumerate(STARTS):
         for kind, line in (("largest", "-"), ("random", "--")):
-            kept = {arm["arm"]: arm["arm"].removeprefix(f"{start}-{kind}-") for arm in summary}
-            points = [{"keep": 100 if arm["arm"] == start else 100 * float(kept[arm["arm"]]),
-                       "accuracy": arm["test_accuracy"]}
-                      for arm in summary if arm["arm"] == start or kept[arm["arm"]] != arm["arm"]]
+            prefix = f"{start}-{kind}-"
+            points = [{"keep": 100, "accuracy": arm["test_accuracy"]} for arm in summary if arm["arm"] == start]
+            points += [{"keep": 100 * float(arm["arm"].removeprefix(prefix)), "accuracy": arm["test_accuracy"]}
+                       for arm in summary if arm["arm"].startswith(prefix)]
             x, mean, low, high = by_seed(points, "keep", "accuracy")
             axis.plot(x, mean, line, color=f"C{which}", marker=".", label=f"{start}, {kind} weights kept")
             axis.fill_between(x, low, high, color=f"C{which}", alpha=0.12)

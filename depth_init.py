@@ -263,9 +263,10 @@ def distributions(model, x, y, names, when):
     for layer, z in enumerate(watched):
         for quantity, values in (("weight", model.layers[layer].weight), ("activation", z), ("gradient", z.grad)):
             values = values.detach().flatten().double()
-            # Drawn, as every k-th value would be of some images or units alone where k divides their number.
-            drawn = torch.randint(len(values), (20_000,), generator=torch.Generator().manual_seed(0))
-            some = values[drawn.to(values.device)] if len(values) > 40_000 else values
+            some = values
+            if len(values) > 40_000:   # drawn, as every k-th would be of some images or units alone if k divides theirs
+                drawn = torch.randint(len(values), (20_000,), generator=torch.Generator().manual_seed(0))
+                some = values[drawn.to(values.device)]
             quantiles = torch.quantile(some, torch.tensor(QUANTILES).to(some)).tolist()
             rows.append({**names, "epoch": when, "layer": layer + 1, "quantity": quantity,
                          "mean_square": values.square().mean().item(),

@@ -242,14 +242,7 @@ INLINE void transpose(const T* const (&row)[32 / sizeof(T)], int64_t n, T* to) {
         w[i + 4] = __builtin_shufflevector(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
       }
     } else {
-      for (int i = 0; i < 4; i += 2) {
-        w[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 4, 2, 6);
-        w[i + 1] = __builtin_shufflevector(v[i], v[i + 1], 1, 5, 3, 7);
-      }
-      for (int i = 0; i < 2; ++i) {
-        v[i] = __builtin_shufflevector(w[i], w[i + 2], 0, 1, 4, 5);
-        v[i + 2] = __builtin_shufflevector(w[i], w[i + 2], 2, 3, 6, 7);
-      }
+      transpose_four(v);
       std::copy(v, v + 4, w);
     }
     for (int i = 0; i < kWide; ++i) *reinterpret_cast<Vector*>(to + (at + i) * kSide) = w[i];
@@ -523,10 +516,7 @@ struct Sum {
     const int64_t o = task / tiles, i = task % tiles * tile;
     return {o * r.inner + i, x + o * r.outer_stride + i, int(std::min<int64_t>(tile, r.inner - i)), 0, r.groups};
   }
-  const T* terms_of(int64_t output) const {
-    if (r.inner == 1) return x + output * r.outer_stride;   // a division takes as long as twenty terms
-    return x + output / r.inner * r.outer_stride + output % r.inner * r.inner_stride;
-  }
+  const T* terms_of(int64_t output) const { return x + r.first_term(output); }
 
   // The lanes' sums of n terms, an aligned piece of a group, of one output, or of `width` neighbouring ones.
   INLINE Acc* contiguous_lanes(const T* x, int64_t n, Counter<Acc>& counter) const {

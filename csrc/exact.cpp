@@ -42,7 +42,6 @@ typedef int32_t EightWords __attribute__((vector_size(32), aligned(4), may_alias
 typedef int32_t FourWords __attribute__((vector_size(16), aligned(2), may_alias));
 typedef uint16_t SixteenHalves __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint16_t EightHalves __attribute__((vector_size(16), aligned(2), may_alias));
-typedef uint16_t FourHalves __attribute__((vector_size(8), aligned(2), may_alias));
 
 INLINE Doubles load(const double* x) { return *reinterpret_cast<const FourDoubles*>(x); }
 INLINE Doubles to_doubles(FourFloats x) { return Doubles{x[0], x[1], x[2], x[3]}; }   // one instruction of GCC 12's
@@ -51,14 +50,6 @@ INLINE Doubles load(const float* x) { return to_doubles(*reinterpret_cast<const 
 template <int UPPER>
 INLINE FourWords half(Words x) {
   return __builtin_shufflevector(x, x, 4 * UPPER, 4 * UPPER + 1, 4 * UPPER + 2, 4 * UPPER + 3);
-}
-
-template <class V>
-INLINE void transpose(V (&v)[4]) {
-  const V a = __builtin_shufflevector(v[0], v[1], 0, 4, 2, 6), b = __builtin_shufflevector(v[0], v[1], 1, 5, 3, 7);
-  const V c = __builtin_shufflevector(v[2], v[3], 0, 4, 2, 6), d = __builtin_shufflevector(v[2], v[3], 1, 5, 3, 7);
-  v[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5), v[1] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
-  v[2] = __builtin_shufflevector(a, c, 2, 3, 6, 7), v[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
 }
 
 // The upper bits of |x|, which grow with it: all of a float's, half of a double's (in every second word).
@@ -454,10 +445,7 @@ struct ExactSum {
   };
   mutable std::vector<Strip> open = {};
 
-  const T* terms_of(int64_t output) const {
-    if (r.inner == 1) return x + output * r.outer_stride;   // a division takes as long as many terms
-    return x + output / r.inner * r.outer_stride + output % r.inner * r.inner_stride;
-  }
+  const T* terms_of(int64_t output) const { return x + r.first_term(output); }
   int here(int64_t output, int most) const {
     return across ? int(std::min<int64_t>(most, r.inner - output % r.inner)) : 1;
   }
@@ -545,7 +533,7 @@ struct ExactSum {
         most[o] = larger(half<0>(sizes.most()), half<1>(sizes.most()));
         least[o] = smaller(half<0>(sizes.least()), half<1>(sizes.least()));
       }
-      transpose(hi), transpose(lo), transpose(most), transpose(least);
+      transpose_four(hi), transpose_four(lo), transpose_four(most), transpose_four(least);
       for (int l = 1; l < 4; ++l) lo[0] += add_to(hi[0], hi[l]) + lo[l];
       constexpr int kWords = 8 / kEach;   // of Words for a lane, of which the last has the upper bits
       for (int l = kWords - 1; l < 4; l += kWords) {

@@ -36,6 +36,10 @@ struct Reduction {
                                    // tickets[s * groups], then tickets[s * groups + 1], ...
 
   ORDERED_HD int64_t outputs() const { return outer * inner; }
+  int64_t first_term(int64_t output) const {   // its place in x; a division takes as long as twenty terms
+    if (inner == 1) return output * outer_stride;
+    return output / inner * outer_stride + output % inner * inner_stride;
+  }
   ORDERED_HD int64_t stretches() const { return (outputs() + kStretch - 1) / kStretch; }
 };
 

@@ -27,6 +27,15 @@ namespace ordered {
 template <class T>
 const T kNothing = T(-0.0f);
 
+// Of four vectors of four.
+template <class V>
+INLINE void transpose_four(V (&v)[4]) {
+  const V a = __builtin_shufflevector(v[0], v[1], 0, 4, 2, 6), b = __builtin_shufflevector(v[0], v[1], 1, 5, 3, 7);
+  const V c = __builtin_shufflevector(v[2], v[3], 0, 4, 2, 6), d = __builtin_shufflevector(v[2], v[3], 1, 5, 3, 7);
+  v[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5), v[1] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+  v[2] = __builtin_shufflevector(a, c, 2, 3, 6, 7), v[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+}
+
 // n < LANES terms, and nothing up to LANES. `more`: after the terms so much of memory can be read that it makes whole
 // vectors, of eight terms or less.
 template <int LANES, class T>

@@ -676,6 +676,14 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, argumen
     assert not list(tmp_path.glob("runs/constnet/*/*"))
 
 
+def test_a_single_value_per_channel_is_one_line(tmp_path, monkeypatch, capsys):
+    images, labels = torch.arange(12, dtype=torch.uint8).view(4, 3, 1, 1), torch.tensor([0, 1, 0, 1])
+    monkeypatch.setattr(constnet.common, "load_data", lambda *_: (images, labels, images, labels, 2))
+    with pytest.raises(SystemExit) as stop:
+        constnet.main(["--batch-size", "1", "--splits", "1", "--blocks", "3", "--out", str(tmp_path / "a")])
+    assert stop.value.code == 2 and re.search("--batch-size.*batch norm", capsys.readouterr().err.splitlines()[-1])
+
+
 def test_another_configuration_and_broken_checkpoints_are_refused(tmp_path, run):
     assert run("constnet.py", *QUICK, "--out", tmp_path / "a").returncode == 0
 

@@ -115,8 +115,8 @@ def _dense(t):
 
 
 def _run(case, tensors, given=None, seed=0):
-    """({pass: [tensors]}, the gradients given to the outputs: drawn where none are given; whether it drew anything).
-    Gradients that do not fit the outputs are given to none."""
+    """({pass: [tensors]}, the gradients given to the outputs: drawn where none are given; whether a case of parts drew
+    anything). Gradients that do not fit the outputs are given to none."""
     leaves = {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in tensors.items()}
 
     def differentiate(result):   # while a module has these tensors: a checkpoint runs parts of it once more
@@ -136,8 +136,8 @@ def _run(case, tensors, given=None, seed=0):
             passes |= {f"gradient of {name}": [_dense(g)] for name, g in zip(wanted, got, strict=True) if g is not None}
         return passes, drawn
 
-    def generators():
-        return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    def generators():   # asked only where the answer is
+        return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()] if case.parts else []
 
     with seeded(seed), torch.enable_grad():
         before = generators()
@@ -195,7 +195,7 @@ def check(case, seed=0, repeats=REPEATS):
     batched = {name: case.batch(name, t) for name, t in case.tensors.items()}
     sizes = {t.shape[batched[name]] for name, t in case.tensors.items() if batched[name] is not None}
     cut = [case.batch("output", t) is not None for t in first["forward"]]
-    if len(sizes) == 1 and any(cut) and not (case.parts and draws):
+    if len(sizes) == 1 and any(cut) and not draws:
         whole = sizes.pop()
         # Where an output is one number for the whole batch, a mean, gradients depend on the batch's size by definition.
         asked = [p for p in first if p == "forward" or all(c or g is None for c, g in zip(cut, gradients, strict=True))]
@@ -414,11 +414,10 @@ def audit(model, input, *, device=None, seed=0, repeats=REPEATS):
             hook.remove()
 
     found = {}
-    sizes = {name: sum(1 for _ in modules[name].modules()) for name in calls}
-    for name in sorted(calls, key=sizes.get):   # the inner ones first
+    within = {name: set(map(id, modules[name].modules())) for name in calls}   # a module may be in several others
+    for name in sorted(calls, key=lambda name: len(within[name])):   # the inner ones first
         module, weight = modules[name], "parametrizations" in name.split(".")   # it reads a weight: no samples
-        within = {id(m) for m in module.modules()}   # a module may be in several others
-        inside = [row for other in found if id(modules[other]) in within for row in found[other]]
+        inside = [row for other in found if id(modules[other]) in within[name] for row in found[other]]
         tensors = (*tree_leaves(calls[name]), *module.parameters(), *module.buffers())
         device = next((str(t.device) for t in tensors if isinstance(t, torch.Tensor)), "-")
         for gradients in (True, False):   # an input that wants a gradient cannot become a NumPy array

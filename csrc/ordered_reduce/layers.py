@@ -364,9 +364,8 @@ def linear(x, weight, bias=None, *, order="fixed", splits=8, seed=0, step=0, op=
     one raises ValueError, a complex weight NotImplementedError. (A float64 weight: see `conv2d`.)
     """
     check_order(order, splits, seed, op, scope, LAYER_ORDERS)
-    if order == "native" or weight.numel() == 0 or weight.ndim != 2 or x.ndim == 0:   # nothing to add, or not a layer's
-        return F.linear(x, weight, bias)
-    if x.is_nested or x.layout != torch.strided:   # no batch that could be cut into groups
+    batch = x.ndim > 0 and x.layout == torch.strided and not x.is_nested   # which can be cut into groups
+    if order == "native" or not batch or weight.numel() == 0 or weight.ndim != 2:   # nothing to add, or not a layer's
         return F.linear(x, weight, bias)
     _need_real("linear", weight)
     if bias is not None and bias.shape != weight.shape[:1]:   # PyTorch broadcasts it
