@@ -32,18 +32,29 @@ constexpr int64_t kCached = 1 << 24;                // bytes of terms from which
 
 INLINE int next_power_of_two(int64_t n) { return n <= 1 ? 1 : 2 << (63 - __builtin_clzll(uint64_t(n - 1))); }
 
+// sum[w] = f(at, sum[w]) at w = 0 ... width - 1, where at(row) is row[w], or four of each at once.
+template <class T, class Acc, class F>
+INLINE void for_columns(int width, Acc* sum, const F& f) {
+  int w = 0;
+  if constexpr (std::is_same_v<T, Half>)
+    for (; kF16C && w + 4 <= width; w += 4) {
+      FourFloats* const four = reinterpret_cast<FourFloats*>(sum + w);
+      *four = f([w](const T* row) __attribute__((always_inline)) { return load_four(row + w); }, *four);
+    }
+#pragma GCC ivdep
+  for (; w < width; ++w) sum[w] = f([w](const T* row) __attribute__((always_inline)) { return Acc(row[w]); }, sum[w]);
+}
+
 // sum[w] = the tree over ROWS rows at w = 0 ... width - 1. The sum may replace a row.
 template <int ROWS, class T, class Acc>
 INLINE void add_rows(const T* const (&row)[kRows], int width, Acc* sum) {
   const T *a = row[0], *b = row[1], *c = row[2], *d = row[3], *e = row[4], *f = row[5], *g = row[6], *h = row[7];
-#pragma GCC ivdep
-  for (int w = 0; w < width; ++w) {
-    if constexpr (ROWS == 1) sum[w] = Acc(a[w]);
-    if constexpr (ROWS == 2) sum[w] = tree(Acc(a[w]), Acc(b[w]));
-    if constexpr (ROWS == 4) sum[w] = tree(Acc(a[w]), Acc(b[w]), Acc(c[w]), Acc(d[w]));
-    if constexpr (ROWS == 8)
-      sum[w] = tree(Acc(a[w]), Acc(b[w]), Acc(c[w]), Acc(d[w]), Acc(e[w]), Acc(f[w]), Acc(g[w]), Acc(h[w]));
-  }
+  for_columns<T>(width, sum, [=](const auto& at, auto) __attribute__((always_inline)) {
+    if constexpr (ROWS == 1) return at(a);
+    if constexpr (ROWS == 2) return tree(at(a), at(b));
+    if constexpr (ROWS == 4) return tree(at(a), at(b), at(c), at(d));
+    if constexpr (ROWS == 8) return tree(at(a), at(b), at(c), at(d), at(e), at(f), at(g), at(h));
+  });
 }
 
 template <class T, class Acc>
@@ -289,6 +300,61 @@ INLINE void strided_block(const Terms<T>& x, int64_t n, int width, const Leaves&
   }
 }
 
+// sum[w] += the groups in rows 0 ... ROWS - 1, of GROUP rows each, one group after the other.
+template <int GROUP, int ROWS, class T, class Acc>
+INLINE void add_groups(const T* const (&row)[kRows], int width, Acc* sum) {
+  const T *a = row[0], *b = row[1], *c = row[2], *d = row[3], *e = row[4], *f = row[5], *g = row[6], *h = row[7];
+  for_columns<T>(width, sum, [=](const auto& at, auto s) __attribute__((always_inline)) {
+    if constexpr (GROUP == 1) {
+      s += at(a);
+      if constexpr (ROWS > 1) s += at(b);
+      if constexpr (ROWS > 2) s += at(c), s += at(d);
+      if constexpr (ROWS > 4) s += at(e), s += at(f), s += at(g), s += at(h);
+    }
+    if constexpr (GROUP == 2) {
+      s += tree(at(a), at(b));
+      if constexpr (ROWS > 2) s += tree(at(c), at(d));
+      if constexpr (ROWS > 4) s += tree(at(e), at(f)), s += tree(at(g), at(h));
+    }
+    if constexpr (GROUP == 4) {
+      s += tree(at(a), at(b), at(c), at(d));
+      if constexpr (ROWS > 4) s += tree(at(e), at(f), at(g), at(h));
+    }
+    if constexpr (GROUP == 8) s += tree(at(a), at(b), at(c), at(d), at(e), at(f), at(g), at(h));
+    return s;
+  });
+}
+
+// sum[w] = the groups of `width` adjacent outputs, of at most GROUP terms, added in the order `by` (null: as they are).
+template <int GROUP, class T, class Acc>
+INLINE void add_short_groups(const Terms<T>& x, const Groups groups, int64_t count, const int32_t* by, int width,
+                             Acc* sum) {
+  const Leaves leaves(GROUP);
+  std::fill_n(sum, width, kNothing<Acc>);
+  for (int64_t g = 0; g < count;) {
+    const T* row[kRows];
+    int rows = 0;
+    for (; rows < kRows && g < count; ++g) {
+      const Group group = groups[by ? by[g] : g];
+      for (int k = 0; k < GROUP; ++k)
+        row[rows++] = leaves.offset[k] < group.size ? x[group.begin + leaves.offset[k]] : row_of_nothing<T>();
+    }
+    while (rows & (rows - 1)) row[rows++] = row_of_nothing<T>();
+    if (rows == kRows) add_groups<GROUP, kRows>(row, width, sum);
+    else if (rows == 4) add_groups<GROUP, 4>(row, width, sum);
+    else if (rows == 2) add_groups<GROUP, 2>(row, width, sum);
+    else add_groups<GROUP, 1>(row, width, sum);
+  }
+}
+template <class T, class Acc>
+INLINE void add_short_groups(const Terms<T>& x, const Groups groups, int64_t count, const int32_t* by, int width,
+                             Acc* sum) {
+  if (groups.longest() == 1) add_short_groups<1>(x, groups, count, by, width, sum);
+  else if (groups.longest() == 2) add_short_groups<2>(x, groups, count, by, width, sum);
+  else if (groups.longest() <= 4) add_short_groups<4>(x, groups, count, by, width, sum);
+  else add_short_groups<8>(x, groups, count, by, width, sum);
+}
+
 // The sums of `count` lanes of `width` adjacent outputs, by halving.
 template <class Acc>
 INLINE void add_lanes(Acc* lanes, int count, int width, Acc* sums) {
@@ -425,7 +491,7 @@ INLINE void some_groups(const T* x, const Groups groups, int64_t count, int64_t 
     const int64_t n = FULL ? TERMS : groups[g].size;
     const T* terms = x;
     x += n;
-    const bool more = g + 1 < count;
+    const bool more = g + 1 < count && groups.size >= 8;
     if constexpr (TERMS == 0) {
       alignas(64) Acc waiting[kLevels + 1][kLanes];
       return Ones::to_vector(contiguous_blocks(terms, n, waiting));
@@ -472,6 +538,7 @@ struct Sum {
   bool contiguous;       // else: the terms of an output lie side by side
   bool beside;           // and are so few that neighbouring outputs are laid side by side, after all
   bool at_once;          // an output's groups are added as soon as they are there: see contiguous_blocks
+  bool short_groups;     // the same of neighbouring outputs, whose groups are short
   Leaves leaves;
   int lanes;             // sums of a piece of a group
   int tile;              // outputs of one task
@@ -497,9 +564,10 @@ struct Sum {
     beside = contiguous && r.terms <= kTransposed && groups.longest() < kLanes &&
              (sizeof(T) == 2 || bytes < 256 || bytes * r.outputs() <= kCached);
     const bool even = std::is_same_v<T, Acc> && (r.terms == r.groups * 8 || r.terms == r.groups * 16);
+    const bool alike = r.order == Order::fixed || (r.order == Order::shuffled && !r.per_output);
     at_once = contiguous && (even || (!beside && groups.longest() > 8)) && groups.longest() <= kChunk &&
-              r.groups <= kFew && (r.outputs() >= enough || r.outputs() * r.terms < 2 * kGrain) &&
-              (r.order == Order::fixed || (r.order == Order::shuffled && !r.per_output));
+              r.groups <= kFew && (r.outputs() >= enough || r.outputs() * r.terms < 2 * kGrain) && alike;
+    short_groups = across && groups.longest() <= kRows && alike;
     std::iota(order.begin(), order.end(), 0);
     if (r.order == Order::shuffled && !r.per_output) shuffle(order.data(), int(r.groups), 1, key, 0);
   }
@@ -671,6 +739,14 @@ struct Sum {
     }
   }
 
+  // The result of one tile of such outputs, if short_groups.
+  INLINE void add_short_any(const Place& p) const {
+    Acc sums[kWidest], *sum = sums;
+    if constexpr (std::is_same_v<T, Acc>) sum = out + p.output;
+    add_short_groups(Terms<T>{p.x, r.term_stride, r.rows}, groups, r.groups, order.data(), p.width, sum);
+    for (int w = 0; w < p.width && !std::is_same_v<T, Acc>; ++w) out[p.output + w] = T(sum[w]);
+  }
+
   // Partial sums of the groups of one tile into the result.
   INLINE void combine_any(const Place& p, Acc* partial) const {
     if (r.order == Order::shuffled && r.per_output)
@@ -713,6 +789,7 @@ struct Sum {
   TWICE(Acc*, lanes_of, (const Terms<T>& x, int64_t n, int width, Counter<Acc>& counter), (x, n, width, counter))
   TWICE(void, contiguous_partials, (const Place& p, Acc* partial, Counter<Acc>& counter), (p, partial, counter))
   TWICE(void, add_at_once, (int64_t first, int64_t last), (first, last))
+  TWICE(void, add_short, (const Place& p), (p))
   TWICE(void, strided_partials, (const Place& p, Acc* partial, Counter<Acc>& counter), (p, partial, counter))
   TWICE(void, combine, (const Place& p, Acc* partial), (p, partial))
 
@@ -812,6 +889,11 @@ struct Sum {
       if (at_once)
         return torch::stable::parallel_for(0, r.outputs(), std::max<int64_t>(1, kGrain / r.terms),
                                            [this](int64_t first, int64_t last) { add_at_once(first, last); });
+      if (short_groups)
+        return torch::stable::parallel_for(0, r.outer * tiles, std::max<int64_t>(1, kGrain / (tile * r.terms)),
+                                           [this](int64_t first, int64_t last) {
+          for (int64_t task = first; task < last; ++task) add_short(place(task));
+        });
       for_each_tile([this](const Place& p, Acc* partial) { combine(p, partial); });
       return;
     }
@@ -884,30 +966,21 @@ struct IndexAdd {
 
   bool few(int64_t n) const { return n <= 2 * r.groups && (n <= 1 || r.order == Order::fixed); }
 
-  // Row v, input + the sum of n terms in groups of two, then of one.
-  INLINE void add_few(int64_t v, int64_t first, int64_t n) const {
-    const int64_t last = first + n, ones = first + 2 * std::max<int64_t>(0, n - r.groups);
+  // Row v, input + the sum of n terms in short groups.
+  INLINE void add_short(int64_t v, int64_t first, int64_t n) const {
     const T* const in = input + v * r.inner;
     T* const to = out + v * r.inner;
+    const int64_t count = std::min(n, r.groups);
     prefetch(first, n);
     Acc sum[kWidest];
     for (int64_t at = 0; at < r.inner; at += kWidest) {
       const int width = int(std::min<int64_t>(kWidest, r.inner - at));
-      int64_t k = first;
-      std::fill_n(sum, width, kNothing<Acc>);
-      for (; k < ones; k += 2) {
-        const T *a = row(k) + at, *b = row(k + 1) + at;
-        for (int i = 0; i < width; ++i) sum[i] += tree(Acc(a[i]), Acc(b[i]));
-      }
-      for (; k < last; ++k) {
-        const T* a = row(k) + at;
-        for (int i = 0; i < width; ++i) sum[i] += Acc(a[i]);
-      }
+      add_short_groups(Terms<T>{source + at, r.inner, s.position + first}, Groups(n, count), count, nullptr, width, sum);
       for (int i = 0; i < width; ++i) to[at + i] = T(Acc(in[at + i]) + Acc(T(sum[i])));
     }
   }
 
-  // The same of rows of one number, whose terms lie side by side.
+  // The same of rows of one number, whose terms lie side by side, in groups of two, then of one.
   INLINE void add_few_numbers(int64_t v, int64_t first, int64_t n) const {
     const T* x = source + first;
     Acc sum = kNothing<Acc>;
@@ -945,15 +1018,12 @@ struct IndexAdd {
     for (int64_t k = from; k < to; ++k) {
       const int64_t v = s.row(k), first = s.start[k], n = s.start[k + 1] - first;
       if (s.rows) prefetch_row(out + s.row(std::min(k + 8, s.count - 1)) * r.inner);
-      if (!few(n)) {
-        if (hot(n)) continue;
-        if (!s.position && some(n)) add_some_numbers(v, first, n);
-        else add_row(v, first, n);
-      } else if (!s.position) {
-        add_few_numbers(v, first, n);
-      } else {
-        n > 0 ? add_few(v, first, n) : copy(v);
-      }
+      if (s.position && n == 0) copy(v);
+      else if (few(n)) s.position ? add_short(v, first, n) : add_few_numbers(v, first, n);
+      else if (hot(n)) continue;
+      else if (s.position && r.order == Order::fixed && n <= kRows * r.groups) add_short(v, first, n);
+      else if (!s.position && some(n)) add_some_numbers(v, first, n);
+      else add_row(v, first, n);
     }
   }
   TWICE(void, add_rows, (int64_t from, int64_t to), (from, to))
@@ -963,29 +1033,11 @@ struct IndexAdd {
   void add_row(int64_t v, int64_t first, int64_t n) const {
     const T* const in = input + v * r.inner;
     T* const to = out + v * r.inner;
-    const Groups groups(n, std::min(n, r.groups));
-    if (r.order == Order::fixed && groups.longest() <= kRows) {   // small: what Sum does, at less expense
-      prefetch(first, n);
-      const Leaves leaves(next_power_of_two(groups.longest()));
-      const Terms<T> all{terms(first), r.inner, s.position ? s.position + first : nullptr};
-      Acc sum[kWidest], partial[kWidest];
-      for (int64_t at = 0; at < r.inner; at += kWidest) {
-        const int width = int(std::min<int64_t>(kWidest, r.inner - at));
-        std::fill_n(sum, width, kNothing<Acc>);
-        for (int64_t g = 0; g < r.groups; ++g) {
-          const Terms<T> group = all.from(groups[g].begin);
-          strided_block(Terms<T>{group.x + at, group.stride, group.rows}, groups[g].size, width, leaves, partial);
-          for (int i = 0; i < width; ++i) sum[i] += partial[i];
-        }
-        for (int i = 0; i < width; ++i) to[at + i] = T(Acc(in[at + i]) + Acc(T(sum[i])));
-      }
-    } else {
-      const Reduction part = segment(v, first, n, r.groups);
-      std::vector<T> sum(r.inner);
-      if (r.order == Order::exact) exact_cpu(part, type, terms(first), sum.data());
-      else Sum<T>(part, terms(first), sum.data()).run();
-      for (int64_t i = 0; i < r.inner; ++i) to[i] = T(Acc(in[i]) + Acc(sum[i]));
-    }
+    const Reduction part = segment(v, first, n, r.groups);
+    std::vector<T> sum(r.inner);
+    if (r.order == Order::exact) exact_cpu(part, type, terms(first), sum.data());
+    else Sum<T>(part, terms(first), sum.data()).run();
+    for (int64_t i = 0; i < r.inner; ++i) to[i] = T(Acc(in[i]) + Acc(sum[i]));
   }
 
   // As in Sum::run, but the tickets are for the groups of all rows.

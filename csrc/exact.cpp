@@ -28,7 +28,7 @@ constexpr int64_t kBrief = kWidth * kRowsOfBlock;   // terms of an output that a
 constexpr int kRowsAtOnce = 32;           // of one output whose terms lie side by side
 constexpr int kStreams = 8;               // rows that are read together
 constexpr int kSide = 32;                 // sums that are rounded side by side
-constexpr int kTies = 32;                 // bfloat16s up to which a tie is likely
+constexpr int kTies = 32;                 // terms up to which their sum is likely to be a tie
 constexpr int64_t kGrain = 1 << 15;       // terms below which a second thread does not pay
 
 typedef double Doubles __attribute__((vector_size(32)));
@@ -37,7 +37,6 @@ typedef int32_t Words __attribute__((vector_size(32)));
 
 // As they lie in memory.
 typedef double FourDoubles __attribute__((vector_size(32), aligned(8), may_alias));
-typedef float FourFloats __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t EightWords __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t FourWords __attribute__((vector_size(16), aligned(2), may_alias));
 typedef uint16_t SixteenHalves __attribute__((vector_size(32), aligned(2), may_alias));
@@ -74,21 +73,39 @@ INLINE void add_eight(const BFloat16* x, Doubles& lower, Doubles& upper) {
   lower += to_doubles(FourFloats(__builtin_shufflevector(zero, half, 0, 8, 1, 9, 2, 10, 3, 11)));
   upper += to_doubles(FourFloats(__builtin_shufflevector(zero, half, 4, 12, 5, 13, 6, 14, 7, 15)));
 }
+INLINE void add_eight(const Half* x, Doubles& lower, Doubles& upper) {
+  if (kF16C) {
+    lower += to_doubles(load_four(x)), upper += to_doubles(load_four(x + 4));
+  } else {
+    const FourFloats low = {x[0], x[1], x[2], x[3]}, high = {x[4], x[5], x[6], x[7]};
+    lower += to_doubles(low), upper += to_doubles(high);
+  }
+}
 // In any order, which takes less.
-INLINE void add_any_eight(const float* x, Doubles& one, Doubles& two) { add_eight(x, one, two); }
+template <class T>
+INLINE void add_any_eight(const T* x, Doubles& one, Doubles& two) {
+  add_eight(x, one, two);
+}
 INLINE void add_any_eight(const BFloat16* x, Doubles& one, Doubles& two) {
   const FourWords pairs = *reinterpret_cast<const FourWords*>(x);
   one += to_doubles(FourFloats(pairs << 16)), two += to_doubles(FourFloats(pairs & int32_t(0xFFFF0000)));
 }
 
-// The sizes of terms, eight side by side: see Running. LEAST: of bfloat16s the least too.
+// The sizes of terms, eight side by side (of doubles four): see Running. LEAST: the least too.
 template <class T, bool LEAST = false>
 struct Sizes {
+  typedef uint32_t Unsigned __attribute__((vector_size(32)));
+  static constexpr bool kFloat = std::is_same_v<T, float>;
   Words largest = {};
-  INLINE void note(const T* x) { largest = larger(largest, size_of(x)); }
+  Unsigned smallest = ~Unsigned{};   // floats' less one, so that zero is not the smallest
+  INLINE void note(const T* x) {
+    const Words size = size_of(x);
+    largest = larger(largest, size);
+    if (LEAST) smallest = smaller(smallest, Unsigned(size - int(kFloat)));
+  }
   INLINE void note_sixteen(const T* x) { note(x), note(x + 8); }
   INLINE Words most() const { return largest; }
-  INLINE Words least() const { return Words{}; }
+  INLINE Words least() const { return LEAST ? Words(smallest >> (kFloat ? 23 : 20)) : Words{}; }
 };
 template <bool LEAST>
 struct Sizes<BFloat16, LEAST> {
@@ -110,12 +127,20 @@ struct Sizes<BFloat16, LEAST> {
   INLINE Words least() const { return LEAST ? __builtin_convertvector(smallest, Words) >> 7 : Words{}; }
 };
 
+template <bool LEAST>
+struct Sizes<Half, LEAST> {   // of which Rounding needs none
+  INLINE void note(const Half*) {}
+  INLINE void note_sixteen(const Half*) {}
+  INLINE Words most() const { return Words{}; }
+  INLINE Words least() const { return Words{}; }
+};
+
 // ------------------------------------------------------------------------------------ sums with a bound on their error
 
-constexpr int kNone = 0xFFFF >> 7;   // what Sizes says where all terms are zero
+constexpr int kNone = 0xFFF;   // more than any exponent
 
-// The sum of terms is nearly hi + lo. most: the upper 32 bits of the largest |term|. least: at most the exponent, as a
-// float has it, of any term but zero.
+// The sum of terms is nearly hi + lo. most: the upper 32 bits of the largest |term|. least: at most the exponent, in
+// these bits, of any term but zero.
 struct Running {
   double hi = -0.0, lo = 0;
   int32_t most = 0, least = kNone;
@@ -276,15 +301,21 @@ struct Lanes {
 // u^2 blocks^2 n most (Ogita, Rump, Oishi, "Accurate Sum and Dot Product", SIAM J. Sci. Comput. 26 (2005), Section 4).
 // The bound is twice all that, which covers the roundings down here.
 //
-// Half types have few digits: mostly a double holds all digits from the first of the largest possible sum, below
-// n 2^(exponent + 1), to the last of the least term. Then no addition rounds. (Such sums are often ties.)
+// Few floats mostly, and more bfloat16s, have sums that a double holds: all digits from the first of the largest possible
+// sum, below n 2^(exponent + 1), to the last of the least term. Then no addition rounds. (Such sums are often ties.) Of
+// few doubles hi and lo hold them, if that is true of the errors, which add up to less than n^2 2^(exponent + 1) u.
+//
+// float16s are multiples of 2^-24 and less than 2^16. No block's sum rounds, and the errors of adding those, n / 128 at
+// most, each up to n 2^16 u, add up to less than 2^29 and so without rounding, where n is below 2^36.
 template <class T>
 struct Rounding {
   using A = typename AccType<T>::type;
   static constexpr bool kBrain = std::is_same_v<T, BFloat16>;
-  static constexpr int kDigits = kBrain ? 8 : 11, kLeast = kBrain ? 0 : 127 - 14;   // the least exponent of T
+  static constexpr int kDigits = kBrain ? 8 : std::is_same_v<T, float> ? 24 : 11;
+  static constexpr int kExponent = std::is_same_v<T, double> ? 20 : 23;   // where it begins in 32 bits
   double share;   // of the largest term, that the sum may be off by
-  int room;       // between the exponents of the largest and the least term of a half type's exact sum
+  int room;       // between the exponents of the largest and the least term of a sum that is exact
+  bool few;       // float16s, so that nothing rounds
 
   INLINE Rounding(int64_t n, int64_t lanes) {   // that share the terms of an output
     const double depth = kRowsOfBlock / 2 + 1;
@@ -293,11 +324,60 @@ struct Rounding {
     const double of_blocks = std::is_same_v<A, float> ? depth * 0x1p-52 : 0x1p13 * 0x1p-105;
     share = double(n) * (of_blocks + blocks * blocks * 0x1p-105);
     room = 53 - kDigits - std::bit_width(uint64_t(n));
+    if (std::is_same_v<T, double>) room = n <= kTies ? 52 - 2 * std::bit_width(uint64_t(n)) : -1 - kNone;   // never
+    few = n < int64_t{1} << 36;
+  }
+
+  // sum + rest of float16s: sum, or if rest is not 0 that neighbour of the exact sum whose last bit is one (see narrow).
+  INLINE static Doubles to_odd(Doubles sum, Doubles rest) {
+    const Bits any = (rest < 0) | (rest > 0);
+    return Doubles((Bits(sum) + (((rest < 0) == (sum > 0)) & any)) | (any & 1));
+  }
+
+  // To a half type's digits, to nearest, ties to even, in the bits of a double: right from kNormal on, and for zero.
+  static constexpr double kNormal = kBrain ? 0x1p-126 : 0x1p-14;
+  INLINE static Doubles cut(Doubles x) {
+    typedef uint64_t Raw __attribute__((vector_size(32)));
+    constexpr int kCut = 53 - kDigits;
+    const Raw bits = Raw(x);
+    return Doubles((bits + (bits >> kCut & 1) + (uint64_t{1} << (kCut - 1)) - 1) >> kCut << kCut);
+  }
+  INLINE static void store_eight(const float* x, T* out) {   // what has been cut, which T holds unless it overflows
+    const Words bits = *reinterpret_cast<const EightWords*>(x), size = bits & INT32_MAX;
+    const Words half = larger(smaller((size >> 13) - (112 << 10), Words{} + 0x7C00), Words{}) | (bits >> 16 & 0x8000);
+    *reinterpret_cast<EightHalves*>(out) = __builtin_convertvector(kBrain ? bits >> 16 : half, EightHalves);
+  }
+
+  INLINE static Doubles size(Doubles x) { return Doubles(Bits(x) & INT64_MAX); }
+  INLINE static bool every(Bits yes) { return (yes[0] & yes[1] & yes[2] & yes[3]) == -1; }
+
+  // Eight sums of few terms, sum + errors, rounded to out; or false, unless they are certain at a glance.
+  INLINE bool eight(const Doubles* sum, const Doubles* errors, Words most, Words least, T* out) const {
+    constexpr bool kDouble = std::is_same_v<T, double>, kHalf = std::is_same_v<T, Half>;
+    constexpr int kOverflow = 0x7FF - 6;   // of a sum of kTies
+    Bits sure = ~Bits{};
+    if constexpr (!kHalf) sure = Bits((most >> kExponent) - least <= room);
+    if constexpr (kDouble) sure &= Bits(most >> kExponent < kOverflow);
+    alignas(32) float floats[8];
+    for (int v = 0; v < kVectors; ++v) {
+      if constexpr (kDouble) {
+        *reinterpret_cast<FourDoubles*>(out + 4 * v) = errors[v] == 0 ? sum[v] : sum[v] + errors[v];   // -0.0 + 0 is not -0.0
+      } else {
+        const Doubles near = std::is_same_v<T, A> ? sum[v] : cut(sum[v]);
+        *reinterpret_cast<FourFloats*>(floats + 4 * v) = __builtin_convertvector(near, FourFloats);
+        if constexpr (!std::is_same_v<T, A>) sure &= (sum[v] == sum[v]) & ((size(near) >= kNormal) | (near == 0));
+      }
+    }
+    if constexpr (std::is_same_v<T, float>) std::copy_n(floats, 8, out);
+    else if constexpr (!kDouble) store_eight(floats, out);
+    return every(sure);
   }
 
   // Each of kSide sums rounded to out, and whether that is the exact sum's rounding for certain (~0, never with NaN or an
   // infinite sum of doubles) or not (0).
   INLINE void operator()(const Side& sums, T* out, int32_t* certain) const {
+    alignas(32) float floats[kSide];   // half types'
+    Bits all = ~Bits{};
     for (int i = 0; i < kSide; i += 4) {
       const auto words = [i](const int32_t* x) __attribute__((always_inline)) {
         return *reinterpret_cast<const FourWords*>(x + i);
@@ -307,45 +387,44 @@ struct Rounding {
       const FourWords most = words(sums.most);
       if constexpr (std::is_same_v<T, double>) largest = Doubles((__builtin_convertvector(most, Bits) + 1) << 32);
       else largest = to_doubles(FourFloats(most));
-      Doubles bound = largest * share;
+      const Bits holds = __builtin_convertvector((most >> kExponent) - words(sums.least) <= room, Bits);
+      const Doubles bound = Doubles(Bits(largest * share) & ~holds);
       if constexpr (std::is_same_v<T, A>) {
         typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
         const Four low = __builtin_convertvector(sum + (rest - bound), Four);
         const Four high = __builtin_convertvector(sum + (rest + bound), Four);
         *reinterpret_cast<Four*>(out + i) = low;
         *reinterpret_cast<FourWords*>(certain + i) = __builtin_convertvector((low == high) & (low != 0), FourWords);
-      } else {   // to nearest, ties to even, in the bits of a double: right where T is not subnormal
-        constexpr int kCut = 53 - kDigits;
-        constexpr double kNormal = kBrain ? 0x1p-126 : 0x1p-14;
-        const auto cut = [](Doubles x) __attribute__((always_inline)) {
-          typedef uint64_t Raw __attribute__((vector_size(32)));
-          const Raw bits = Raw(x);
-          return Doubles((bits + (bits >> kCut & 1) + (uint64_t{1} << (kCut - 1)) - 1) >> kCut << kCut);
-        };
-        const FourWords least = larger(words(sums.least), FourWords{} + kLeast);
-        const Bits holds = __builtin_convertvector((most >> 23) - least <= room, Bits);
-        bound = Doubles(Bits(bound) & ~holds);
-        const Doubles low = sum + (rest - bound), near = cut(low), size = Doubles(Bits(near) & INT64_MAX);
-        const Bits sure = (low == low) & (size >= kNormal) & (near == cut(sum + (rest + bound)));
-        const FourFloats floats = __builtin_convertvector(near, FourFloats);
-        for (int k = 0; k < 4; ++k) out[i + k] = T(floats[k]);
+      } else {
+        const Doubles low = kBrain ? sum + (rest - bound) : to_odd(sum, rest), near = cut(low);
+        const Bits sure = (low == low) & (size(near) >= kNormal) &
+                          (kBrain ? near == cut(sum + (rest + bound)) : (rest == rest) & -int64_t(few));
+        *reinterpret_cast<FourFloats*>(floats + i) = __builtin_convertvector(near, FourFloats);
         *reinterpret_cast<FourWords*>(certain + i) = __builtin_convertvector(sure, FourWords);
+        all &= sure;
       }
     }
-    for (int i = 0; i < kSide && !std::is_same_v<T, A>; ++i)
+    if constexpr (std::is_same_v<T, A>) return;
+    for (int i = 0; i < kSide; i += 8) store_eight(floats + i, out + i);
+    for (int i = 0; i < kSide && !every(all); ++i)
       if (!certain[i]) round(sums, i, out, certain);
   }
   INLINE void round(const Side& sums, int i, T* out, int32_t* certain) const {   // the same of one sum to any half
     double sum = sums.hi[i];
     const double rest = add_to(sum, sums.lo[i]), bound = double(std::bit_cast<float>(sums.most[i])) * share;
-    const T low = narrow<T>(sum + (rest - bound)), high = narrow<T>(sum + (rest + bound));
-    out[i] = low;
-    certain[i] = -(int(A(low) == A(high)) & int(A(low) != 0));
+    if constexpr (kBrain) {
+      const T low = narrow<T>(sum + (rest - bound)), high = narrow<T>(sum + (rest + bound));
+      out[i] = low;
+      certain[i] = -(int(A(low) == A(high)) & int(A(low) != 0));
+    } else {
+      out[i] = narrow<T>(to_odd(Doubles{sum}, Doubles{rest})[0]);
+      certain[i] = -(int(few) & int(rest == rest) & int(sum != 0));
+    }
   }
 
   // Zeros add up to a negative one if all of them are, as hi was at the start.
   INLINE bool zero(const Side& sums, int i, T& out) const {
-    if (sums.most[i] != 0 || sums.hi[i] != 0 || sums.lo[i] != 0) return false;
+    if ((std::is_same_v<T, Half> ? !few : sums.most[i] != 0) || sums.hi[i] != 0 || sums.lo[i] != 0) return false;
     out = T(float(sums.hi[i]));
     return true;
   }
@@ -423,8 +502,6 @@ void add_lane(const Pieces& pieces, int64_t l, const A* x, int64_t n, int64_t ev
 template <class T>
 struct ExactSum {
   using A = typename AccType<T>::type;
-  static constexpr bool kDirect = std::is_same_v<T, A> || std::is_same_v<T, BFloat16>;   // terms need no buffer
-  using B = std::conditional_t<kDirect, T, A>;   // what a buffer holds
   const Reduction& r;
   const T* x;
   T* out;
@@ -456,37 +533,30 @@ struct ExactSum {
     const int outputs = here(output, width);
     const T* first = terms_of(output);
     const int64_t rows = (end - begin + per_row - 1) / per_row, step = per_row * r.term_stride;
-    const bool straight = kDirect && !r.rows && (across || r.term_stride == 1);   // rows as they lie
-    B buffer[kStreams][kBytes / sizeof(A)];
+    const bool straight = !r.rows && (across || r.term_stride == 1);   // rows as they lie
+    T buffer[kStreams][kBytes / sizeof(A)];
     sums.clear(vectors);
     for (int64_t row = 0; row < rows;) {
       const int64_t left = std::min(kRowsOfBlock - row % kRowsOfBlock, rows - row);
       const int64_t t = begin + row * per_row;
       int some = left >= kStreams ? kStreams : 1;
       const auto add_at_once = [&]() __attribute__((always_inline)) {
-        if constexpr (kDirect)
-          return straight && !across && left >= kRowsAtOnce && t + kRowsAtOnce * lanes <= end &&
-                 sums.add_at_once(first + t);
-        return false;
+        return straight && !across && left >= kRowsAtOnce && t + kRowsAtOnce * lanes <= end &&
+               sums.add_at_once(first + t);
       };
       const auto add = [&](const auto& at) __attribute__((always_inline)) {
         if (some == 1) sums.template add<1, true>(at, vectors);
         else if (r.terms > kTies) sums.template add<kStreams, false>(at, vectors);
         else sums.template add<kStreams, true>(at, vectors);
       };
-      // The next rows are elsewhere in memory, where the processor would not look ahead.
-      if (across && !r.rows && !kDirect)
-        for (int64_t k = 0; k < std::min<int64_t>(some, rows - row - some); ++k)
-          for (int64_t b = 0; b < int64_t(outputs * sizeof(T)); b += 64)
-            __builtin_prefetch(reinterpret_cast<const char*>(first + (t + some + k) * r.term_stride) + b);
       if (add_at_once()) {
         some = kRowsAtOnce;
       } else if (straight && (across ? outputs == lanes : t + some * lanes <= end)) {
         const T* at[kStreams];
         for (int k = 0; k < some; ++k) at[k] = first + t * r.term_stride + k * step;
-        if constexpr (kDirect) add(at);
+        add(at);
       } else {
-        const B* at[kStreams];
+        const T* at[kStreams];
         for (int64_t k = 0, from = t; k < some; ++k, from += per_row)
           at[k] = lay_out(term(first, from), across ? outputs : int(std::min(per_row, end - from)), buffer[k]);
         add(at);
@@ -518,12 +588,12 @@ struct ExactSum {
         const T* const first = terms_of(one);
         const int64_t readable = stride == 1 ? terms + (one < last ? next : 0) : 0;
         Doubles sum[kVectors], errors[kVectors] = {};   // hardly any of floats
-        Sizes<B, LEAST> sizes;
+        Sizes<T, LEAST> sizes;
         for (Doubles& s : sum) s = -Doubles{};
         for (int64_t t = 0; t < terms; t += kWidth) {
-          B buffer[kWidth];
+          T buffer[kWidth];
           const int some = int(std::min<int64_t>(kWidth, terms - t));
-          const B* const x = eight(first + t * stride, some, stride, t + kWidth <= readable, buffer);
+          const T* const x = eight(first + t * stride, some, stride, t + kWidth <= readable, buffer);
           if constexpr (std::is_same_v<A, float>) add_eight(x, sum[0], sum[1]);
           else
             for (int v = 0; v < kVectors; ++v) errors[v] += add_to(sum[v], load(x + 4 * v));
@@ -544,6 +614,43 @@ struct ExactSum {
       *reinterpret_cast<FourWords*>(sums.least + w) = least[kWords - 1];
     }
     settle(output, outputs, sums);
+  }
+
+  // The same of kSide neighbours, or of those up to the end of `inner`.
+  INLINE void add_columns_any(int64_t output) const {
+    const T* const first = terms_of(output);
+    const int outputs = here(output, kSide);
+    constexpr int kEach = Lanes<A>::kEach;
+    for (int w = 0; w < outputs; w += kWidth) {
+      const int some = std::min(kWidth, outputs - w);
+      Doubles sum[kVectors], errors[kVectors] = {};
+      Sizes<T, true> sizes[kWidth / kEach];
+      for (Doubles& s : sum) s = -Doubles{};
+      for (int64_t t = 0; t < r.terms; ++t) {
+        T buffer[kWidth];
+        const T* const x = eight(term(first, t) + w, some, 1, false, buffer);
+        if constexpr (std::is_same_v<A, float>) add_eight(x, sum[0], sum[1]);
+        else
+          for (int v = 0; v < kVectors; ++v) errors[v] += add_to(sum[v], load(x + 4 * v));
+        for (int l = 0; l < kWidth; l += kEach) sizes[l / kEach].note(x + l);
+      }
+      const auto upper = [](Words a, Words b) __attribute__((always_inline)) {   // of a, or of doubles in both
+        return kEach == 8 ? a : __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+      };
+      constexpr int kLast = kWidth / kEach - 1;
+      const Words most = upper(sizes[0].most(), sizes[kLast].most());
+      const Words least = upper(sizes[0].least(), sizes[kLast].least());
+      T rounded[kWidth];
+      if (settled.eight(sum, errors, most, least, rounded)) {
+        std::copy_n(rounded, some, out + output + w);
+        continue;
+      }
+      Place sums = {};
+      std::copy_n(sum, kVectors, reinterpret_cast<Doubles*>(sums.hi));
+      std::copy_n(errors, kVectors, reinterpret_cast<Doubles*>(sums.lo));
+      *reinterpret_cast<Words*>(sums.most) = most, *reinterpret_cast<Words*>(sums.least) = least;
+      settle(output + w, some, sums);
+    }
   }
 
   // Rounds the sums of a tile and notes which outputs that leaves open.
@@ -593,31 +700,20 @@ struct ExactSum {
   }
 
   // n <= kWidth numbers, and -0.0 up to kWidth: where they lie or in the buffer. more: see pad().
-  INLINE static const B* eight(const T* from, int n, int64_t stride, bool more, B* buffer) {
-    T padded[kWidth];
-    if (n < kWidth && more) {
-      pad<kWidth>(from, n, true, padded);
-      from = padded;
-    } else if (n < kWidth || stride != 1) {
-      for (int l = 0; l < kWidth; ++l) padded[l] = l < n ? from[l * stride] : kNothing<T>;
-      from = padded;
-    }
-    if constexpr (kDirect)
-      if (from != padded) return from;
-    for (int l = 0; l < kWidth; ++l) buffer[l] = B(from[l]);
+  INLINE static const T* eight(const T* from, int n, int64_t stride, bool more, T* buffer) {
+    if (n == kWidth && stride == 1) return from;
+    if (more) pad<kWidth>(from, n, true, buffer);
+    else
+      for (int l = 0; l < kWidth; ++l) buffer[l] = l < n ? from[l * stride] : kNothing<T>;
     return buffer;
   }
 
   // n numbers, and -0.0 up to `lanes`: where they lie or in the buffer.
-  INLINE const B* lay_out(const T* from, int n, B* buffer) const {
+  INLINE const T* lay_out(const T* from, int n, T* buffer) const {
     const int64_t stride = across ? 1 : r.term_stride;
-    if constexpr (kDirect)
-      if (stride == 1 && n == lanes) return from;
-    if (stride == 1)
-      for (int l = 0; l < n; ++l) buffer[l] = B(from[l]);
-    else
-      for (int l = 0; l < n; ++l) buffer[l] = B(from[l * stride]);
-    std::fill(buffer + n, buffer + lanes, B(-0.0f));
+    if (stride == 1 && n == lanes) return from;
+    for (int l = 0; l < n; ++l) buffer[l] = from[l * stride];
+    std::fill(buffer + n, buffer + lanes, kNothing<T>);
     return buffer;
   }
 
@@ -644,6 +740,7 @@ struct ExactSum {
   TWICE(void, add_tile, (int64_t output, int64_t begin, int64_t end, Lanes<A>& sums, Running* to),
         (output, begin, end, sums, to))
   TWICE(void, add_side, (int64_t output), (output))
+  TWICE(void, add_columns, (int64_t output), (output))
   TWICE(void, add_exactly, (Strip strip, int64_t begin, int64_t end, Exact* exact), (strip, begin, end, exact))
 
   // How the terms of every task are cut, so that there is work for all threads.
@@ -664,6 +761,12 @@ struct ExactSum {
       torch::stable::parallel_for(0, sides, std::max<int64_t>(1, kGrain / (kSide * r.terms)),
                                   [&](int64_t first, int64_t last) {
         for (int64_t side = first; side < last; ++side) add_side(side * kSide);
+      });
+    } else if (across && r.terms <= kTies) {
+      const int64_t sides = (r.inner + kSide - 1) / kSide;   // in one row of `inner` outputs
+      torch::stable::parallel_for(0, r.outer * sides, std::max<int64_t>(1, kGrain / (kSide * r.terms)),
+                                  [&](int64_t first, int64_t last) {
+        for (int64_t side = first; side < last; ++side) add_columns(side / sides * r.inner + side % sides * kSide);
       });
     } else {
       add_tiles();

@@ -163,7 +163,8 @@ Tensor index_add(const Tensor& input, const Tensor& index, const Tensor& source,
                   same_device(input, source), "index_add: dimensions, dtypes or devices do not match");
   const int64_t size = input.size(0), n = index.numel();
   std::vector<int64_t> sizes(1, size);
-  r.outer = size, r.terms = n, r.inner = 1, r.groups = splits;
+  r.outer = size, r.terms = n, r.inner = 1;
+  r.groups = std::clamp<int64_t>(n, 1, std::max<int64_t>(splits, 1));   // of a row with all terms
   for (int64_t d = 1; d < input.dim(); ++d) {
     STD_TORCH_CHECK(source.size(d) == input.size(d), "index_add: shapes do not match");
     sizes.push_back(input.size(d)), r.inner *= input.size(d);

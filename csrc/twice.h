@@ -1,6 +1,8 @@
 // Functions of the CPU that are compiled twice on x86-64: for any processor and for those with AVX2.
 #pragma once
 
+#include "ops.h"
+
 #include <algorithm>
 #include <bit>
 #include <cstdint>
@@ -26,6 +28,21 @@ namespace ordered {
 
 template <class T>
 const T kNothing = T(-0.0f);
+
+// Four float16s to floats by the instruction for it, where kF16C says that there is one. Compilers do not find it, and as
+// assembly it can stand in functions for any processor.
+typedef float FourFloats __attribute__((vector_size(16), aligned(4), may_alias));
+#if defined(__x86_64__)
+inline const bool kF16C = (__builtin_cpu_init(), __builtin_cpu_supports("f16c"));
+INLINE FourFloats load_four(const Half* x) {
+  FourFloats v;
+  asm("vcvtph2ps %1, %0" : "=x"(v) : "m"(*reinterpret_cast<const Half(*)[4]>(x)));
+  return v;
+}
+#else
+constexpr bool kF16C = false;
+INLINE FourFloats load_four(const Half* x) { return FourFloats{x[0], x[1], x[2], x[3]}; }
+#endif
 
 // Of four vectors of four.
 template <class V>

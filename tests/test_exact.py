@@ -158,6 +158,11 @@ def test_every_layout_gives_the_same_sums(device, dtype):
                 assert all(map(same, got[some].tolist(), expected))
 
 
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_many_short_sums(device, dtype):
+    check_many(6000, dtype, torch.Generator().manual_seed(5), device)
+
+
 def test_few_outputs_over_several_threads(device):
     x = torch.randn(1 << 18, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     expected = [math.fsum(column) for column in x.t().tolist()]
@@ -178,27 +183,30 @@ def test_long_sums_that_cancel(device):
         assert ordered_reduce.sum(x.to(device), order="exact").item() == math.fsum(x.tolist())
 
 
+def check_many(cases, dtype, generator, device):
+    """So many sums of up to 40 terms of every kind, 100 in one call: rows, then columns."""
+    for _ in range(0, cases, 200):
+        n = int(torch.randint(1, 41, (), generator=generator))
+        x = torch.stack([random_terms(n, generator, dtype) for _ in range(100)])
+        expected = [reference(values, dtype) for values in x.tolist()]
+        for got in (ordered_reduce.sum(x.to(device), 1, order="exact"),
+                    ordered_reduce.sum(x.t().contiguous().to(device), 0, order="exact")):
+            for values, result, wanted in zip(x.tolist(), got.tolist(), expected, strict=True):
+                assert same(result, wanted), (values, dtype, result, wanted)
+                if dtype == torch.float64:
+                    with contextlib.suppress(OverflowError):
+                        assert result == math.fsum(values) or math.isnan(result), (values, result)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    generator, done = torch.Generator().manual_seed(args.seed), 0
-    while done < args.cases:                                # 100 sums in one call: rows, then columns
-        for dtype in FORMATS:
-            n = int(torch.randint(1, 25, (), generator=generator))
-            x = torch.stack([random_terms(n, generator, dtype) for _ in range(100)])
-            for got in (ordered_reduce.sum(x.to(args.device), 1, order="exact"),
-                        ordered_reduce.sum(x.t().contiguous().to(args.device), 0, order="exact")):
-                for values, result in zip(x.tolist(), got.tolist(), strict=True):
-                    expected = reference(values, dtype)
-                    assert same(result, expected), (values, dtype, result, expected)
-                    if dtype == torch.float64:
-                        with contextlib.suppress(OverflowError):
-                            assert result == math.fsum(values), (values, result)
-                    done += 1
-    print(f"{done} sums are correctly rounded")
+    for number, dtype in enumerate(FORMATS):
+        check_many(args.cases // len(FORMATS), dtype, torch.Generator().manual_seed(4 * args.seed + number), args.device)
+    print(f"{args.cases} sums are correctly rounded")
 
 
 if __name__ == "__main__":

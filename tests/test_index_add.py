@@ -192,6 +192,8 @@ def test_opcheck_gradients_and_compile(device, order):
     (dict(index=torch.tensor([-1, 0])), IndexError, "index -1"), (dict(index=torch.zeros(1, 2).long()), IndexError, "vector.*2"),
     (dict(index=torch.tensor([0.0, 1.0])), RuntimeError, "index.*float32"), (dict(index=torch.tensor([0])), RuntimeError, "source"),
     (dict(source=torch.ones(2, 5)), RuntimeError, r"source.*\[2, 5\]"), (dict(source=torch.ones(2, 4).double()), RuntimeError, "float64"),
+    (dict(input=torch.tensor(1.0), index=torch.zeros(3).long(), source=torch.ones(3)), RuntimeError, r"source.*\[3\]"),
+    (dict(input=torch.ones(3), index=torch.tensor([1]), source=torch.tensor(2.0)), RuntimeError, r"source \[\]"),
     (dict(index=[0, 1]), TypeError, "'index'.*list"), (dict(input=torch.ones(3, 4).long()), NotImplementedError, "input.*int64"),
     (dict(source=torch.ones(2, 4, device="meta")), RuntimeError, "meta"), (dict(order="native"), ValueError, "order.*'native'"),
     (dict(order="shuffled", step=torch.tensor(0, device="meta")), RuntimeError, "step on meta and input on cpu"),
@@ -207,10 +209,22 @@ def test_errors_name_argument_and_value(arguments, error, named):
             torch.index_add(**{**good, **arguments})
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_more_splits_than_there_are_terms(device, order):
+    """As many as the argument takes: of rows, of numbers, and of rows most of which have no terms."""
+    for shape, rows in [((3, 2), 4), ((3,), 4), ((3,), 100)]:
+        input, index = torch.zeros(rows, *shape[1:], device=device), torch.tensor([1, 1, 0], device=device)
+        got = ordered_reduce.index_add(input, 0, index, torch.ones(shape, device=device), order=order,
+                                       splits=(1 << 18 if order == "shuffled" else (1 << 63) - 1))
+        assert torch.equal(got, torch.index_add(input, 0, index, torch.ones(shape, device=device)))
+
+
 def test_compiled_programs_check_the_index_too():
     f = torch.compile(lambda i: ordered_reduce.index_add(torch.zeros(3, 4), 0, i, torch.ones(2, 4)), backend="aot_eager")
     with pytest.raises(RuntimeError, match="index out of range: 9"):
         f(torch.tensor([0, 9]))
+    with pytest.raises(RuntimeError, match="index out of range: 9"):   # nor can its values be looked at here
+        torch.func.vmap(lambda i: ordered_reduce.index_add(torch.zeros(3), 0, i, torch.ones(2)))(torch.tensor([[0, 9]]))
 
 
 @pytest.mark.parametrize("n,rows,width", [(10, 100, 1), (10, 100, 2), (10, 10, 1), (10, 10, 2), (40000, 2, 1), (9, 2, 0), (9, 0, 2)])

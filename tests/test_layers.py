@@ -544,10 +544,12 @@ def test_functional_errors_are_pytorchs():
         with pytest.raises(error):
             ordered_reduce.linear(x, torch.ones(4, 3, requires_grad=True), order="arrival", step=step).sum().backward()
     for wrong in (dict(splits=2.5), dict(seed=1.5)):
-        with pytest.raises(TypeError, match="float"):
+        with pytest.raises(TypeError, match="(splits|seed) must be an integer"):
             ordered_reduce.convert(network(), **wrong)
     with pytest.raises(ValueError, match="step.*-5"):
         ordered_reduce.convert(network()).load_state_dict({"step": -5})
+    with pytest.raises(TypeError, match="step.*2.5"):
+        ordered_reduce.convert(network()).load_state_dict({"step": 2.5})
     with pytest.raises(ValueError, match="order.*'x'"):
         ordered_reduce.linear(torch.randn(2, 3), torch.randn(4, 3), order="x")
 

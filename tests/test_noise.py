@@ -298,7 +298,25 @@ def test_flips_leave_the_padding_alone():
         assert not model[0].weight.grad[1].any() and (model[0].weight.grad != 1).sum() > 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_flips_do_not_depend_on_the_default_dtype(dtype):
+    """And flips=1 is one for certain: of this seed and these steps the draw is 2**32 - 1, or nearly."""
+    weight = torch.zeros(10, requires_grad=True)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        for step in (76123552, 80318378, 1):
+            weight.grad = None
+            ordered_reduce.noisy(weight, "flip", step=step).backward(torch.ones(10, dtype=torch.float32))
+            assert int((weight.grad != 1).sum()) == 1
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_errors_of_dtype():
+    for weight in (torch.ones(2).to(torch.float8_e4m3fn), torch.ones(2).cfloat(), torch.ones(2).long()):
+        with pytest.raises(NotImplementedError, match=str(weight.dtype)):
+            ordered_reduce.noisy(weight, "flip")
     x, double = torch.randn(2, 3), nn.Linear(3, 4).double()
     with pytest.raises(ValueError, match=r"bit.*\[0, 32\).*float32.*40"):
         ordered_reduce.noisy(torch.ones(2), "flip", bit=40)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .noise import check_noise, noisy
-from .ops import ORDERS, SUM_ORDERS, arrival, check_order, check_tensor, index_add, order_arguments, sum
+from .ops import ORDERS, SUM_ORDERS, arrival, check_integer, check_order, check_tensor, index_add, order_arguments, sum
 
 # "exact" adds the G partial gradients of a convolution or matrix product exactly, for sum() does that anyway. They are
 # rounded by PyTorch's kernels, so that unlike an exact sum of all samples the result is still a function of `splits`.
@@ -477,8 +477,8 @@ class Policy:
         self.load_state_dict({"step": 0})
 
     def step(self):
-        """Call after each optimizer step: the next gradients are drawn for the next step. (For a CUDA graph that is
-        captured by hand, see `to`.)"""
+        """Call after each optimizer step: the next gradients are drawn for the next step, those of an earlier forward
+        pass, too, if its backward pass is yet to come. (For a CUDA graph that is captured by hand, see `to`.)"""
         self.load_state_dict({"step": self.count + 1})
 
     def to(self, device):
@@ -493,7 +493,9 @@ class Policy:
         return {"step": self.count}
 
     def load_state_dict(self, state):
-        """Continues after the step of that state_dict. Raises ValueError for a step below 0 or of 2**32 or more."""
+        """Continues after the step of that state_dict. Raises ValueError for a step below 0 or of 2**32 or more,
+        TypeError for one that is no integer."""
+        check_integer("step", state["step"])
         if not 0 <= state["step"] < 1 << 32:
             raise ValueError(f"step must lie in [0, 2**32); got {state['step']}")
         self.count = state["step"]

@@ -7,7 +7,7 @@ import operator
 
 import torch
 
-from .ops import check_key, order_arguments
+from .ops import DTYPES, check_key, order_arguments
 
 NOISES = ("gaussian", "stochastic", "flip")
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}   # by bytes
@@ -54,7 +54,8 @@ def _perturb(grad, dtype, noise, ulps, flips, bit, *key):
         moved = (grad.double() + ulps * normal * ulp).where((size > 0) & ulp.isfinite(), grad.double())
         return _round_stochastically(moved, dtype, u[2:].flatten()[:n])
     words = _philox(math.ceil(flips) if n else 0, *key)
-    chosen, chance = words[0] * n >> 32, flips - torch.arange(words.shape[1], device=grad.device)   # 1 or more: certain
+    chosen = ((words[0] >> 16) * n + ((words[0] & 0xFFFF) * n >> 16)) >> 16   # words[0] * n >> 32, of any n
+    chance = flips - torch.arange(words.shape[1], device=grad.device, dtype=torch.float64)   # 1 or more: certain
     drawn = words[1] < chance * (1 << 32)
     integer = _INTEGERS[grad.element_size()]
     times = torch.zeros(n, dtype=integer, device=grad.device).index_add(0, chosen, drawn.to(integer))
@@ -138,7 +139,7 @@ def noisy(weight, noise, *, ulps=1.0, flips=1.0, bit=0, seed=0, step=0, op=0):
     if noise is None:
         return weight
     bits = 8 * weight.element_size()
-    if not weight.is_floating_point() or (bits == 64 and noise != "flip"):
+    if weight.dtype not in DTYPES or (bits == 64 and noise != "flip"):
         raise NotImplementedError(f"noise={noise!r} is not implemented for weights of dtype {weight.dtype}: give it "
                                   "float32, float16 or bfloat16" + " or float64" * (noise == "flip"))
     if bit >= bits:

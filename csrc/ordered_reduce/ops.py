@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import math
+import numbers
 import operator
 import pathlib
 
@@ -32,20 +33,27 @@ def cuda_built():
 
 
 def check_order(order, splits, seed, op, scope, orders=ORDERS):
-    """Raises ValueError naming the argument, its value and what would be valid."""
+    """Raises ValueError, TypeError for what is no integer, naming the argument, its value and what would be valid."""
     if order not in orders:
         raise ValueError(f"order must be one of {', '.join(orders)}; got {order!r}")
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}; got {scope!r}")
-    if splits < 1:
-        raise ValueError(f"splits must be at least 1; got {splits}")
+    check_integer("splits", splits)
+    if not 1 <= splits < 1 << 63:
+        raise ValueError(f"splits must lie in [1, 2**63); got {splits}")
     if order == "shuffled" and splits > MOST_SHUFFLED:
         raise ValueError(f"splits must be at most {MOST_SHUFFLED} with order='shuffled'; got {splits}")
     check_key(seed, op)
 
 
+def check_integer(name, value):
+    if type(value) is not int and not isinstance(value, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+
+
 def check_key(seed, op):
-    """Raises ValueError naming the argument, its value and what would be valid."""
+    """Raises ValueError, TypeError for what is no integer, naming the argument, its value and what would be valid."""
+    check_integer("op", op), check_integer("seed", seed)
     if not 0 <= op < 1 << 32:
         raise ValueError(f"op must lie in [0, 2**32); got {op}")
     if not -1 << 63 <= seed < 1 << 63:
@@ -146,14 +154,18 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
         compiled program can advance it; one on the device of x is read there, which a captured CUDA graph needs.
       scope: "output" or "tensor".
 
+    PyTorch cannot give derivatives of an operator like this to torch.func.grad, jacrev and hessian (torch.autograd,
+    torch.func.vmap and forward derivatives work); and torch.set_flush_denormal is a setting of a thread, with which
+    sums of subnormal numbers depend on the number of threads, PyTorch's too.
+
     Returns the sum, with the dtype and device of x. The error is at most
     gamma(ceil(log2(longest group)) + G - 1) * sum(|x|), gamma(k) = k u / (1 - k u): pairwise summation's, then the
     G - 1 ordered additions (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 4.2). Of an exact
     sum it is half a unit in the last place.
 
-    Raises TypeError where x is no tensor, NotImplementedError for its dtype, IndexError for dim, ValueError for order,
-    splits, seed, step, op or scope, RuntimeError for a step on another device, or for a CUDA tensor where the CUDA
-    kernels were not built.
+    Raises TypeError where x is no tensor or splits, seed, step or op no integer, NotImplementedError for the dtype of
+    x, IndexError for dim, ValueError for order, splits, seed, step, op or scope, RuntimeError for a step on another
+    device, or for a CUDA tensor where the CUDA kernels were not built.
     """
     check_tensor("sum", "x", x)
     check_order(order, splits, seed, op, scope, SUM_ORDERS)
@@ -237,17 +249,21 @@ def index_add(input, dim, index, source, *, order="fixed", splits=8, seed=0, ste
       order, splits, seed, step, op, scope: as in `sum`; but there is no "arrival".
 
     Returns the result, with the shape, dtype and device of input. Raises what torch.index_add raises for wrong
-    arguments (an index out of range: IndexError, on CUDA too, which waits for the device), and what `sum` raises for
-    the order arguments.
+    arguments, and what `sum` raises for the order arguments. An index out of range is an IndexError, on CUDA too, which
+    waits for the device; in a compiled program it is a RuntimeError, and there or in a captured one on CUDA its term is
+    left out.
     """
     check_tensor("index_add", "input", input)
     check_tensor("index_add", "source", source)
     check_order(order, splits, seed, op, scope)
     if not isinstance(index, torch.Tensor):
         raise TypeError(f"index_add(): argument 'index' must be Tensor, not {type(index).__name__}")
-    if input.ndim == 0 or source.ndim == 0:   # as a vector of one element
-        return index_add(input.reshape(-1) if input.ndim == 0 else input, dim, index, source.reshape(-1), order=order,
-                         splits=splits, seed=seed, step=step, op=op, scope=scope).reshape(input.shape)
+    if input.ndim == 0 and source.ndim == 0:   # as vectors of one element
+        return index_add(input.reshape(-1), dim, index, source.reshape(-1), order=order, splits=splits, seed=seed,
+                         step=step, op=op, scope=scope).reshape(())
+    if input.ndim == 0:
+        raise RuntimeError("index_add(): source must have no dimensions as input has none, but got source "
+                           f"{list(source.shape)}")
     dim, = _dims(operator.index(dim), input.ndim)
     if index.ndim > 1:
         raise IndexError(f"index_add(): Index is supposed to be a vector, but got dim: {index.ndim}")
@@ -265,8 +281,8 @@ def index_add(input, dim, index, source, *, order="fixed", splits=8, seed=0, ste
                            f"dim {dim}")
     rows, index = input.shape[dim], index.reshape(-1).long().contiguous()
     segments = torch.ops.ordered_reduce.segments(index, rows) if index.is_cuda else None
-    # A compiled program cannot raise for a value, and a captured one cannot look at it: there the kernels check, as the
-    # CPU's always does. segments[rows] is how many lie in range.
+    # A compiled program cannot raise for a value, and a captured one cannot look at it: there the kernels leave out
+    # what is not in range. (The CPU's always raise.) segments[rows] is how many lie in range.
     if (index.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
             and segments[rows].item() != len(index)):
         _check_range(index, dim, rows)
@@ -287,6 +303,8 @@ def index_add(input, dim, index, source, *, order="fixed", splits=8, seed=0, ste
 
 
 def _check_range(index, dim, rows):
+    if torch._C._functorch.is_batchedtensor(index):   # whose values cannot be looked at
+        return
     for extreme in torch.stack(index.aminmax()).tolist() if index.numel() else ():
         if not 0 <= extreme < rows:
             raise IndexError(f"index_add(): index {extreme} is out of range for dimension {dim} with size "
@@ -332,9 +350,10 @@ def arrival(x, dims, keepdim, splits, step, op, terms=None):
     if torch.compiler.is_compiling():   # breaks the graph
         raise RuntimeError("order='arrival' cannot be compiled: its tickets are kept by Python")
     count = math.prod(size for d, size in enumerate(x.shape) if dims >> d & 1)
-    outputs, groups = math.prod(_shape(x, dims)), min(splits, count)
-    entry = tape.Sum(outputs, count if terms is None else terms, groups, op, int(step) if tape.is_open() else 0)
-    tickets = torch.empty(tape.stretches(outputs), groups, dtype=torch.int32, device=x.device)
+    shape, groups = tuple(_shape(x, dims, False)), min(splits, count)
+    entry = tape.Sum(shape, str(x.dtype)[6:], count if terms is None else terms, groups, op,
+                     int(step) if tape.is_open() else 0)
+    tickets = torch.empty(tape.stretches(math.prod(shape)), groups, dtype=torch.int32, device=x.device)
     take = not tape.given(entry, tickets)
     out = _Arrival.apply(x, dims, keepdim, splits, take, tickets)
     if take:

@@ -1,8 +1,10 @@
 """`record` and `replay`: the tickets of order "arrival", written to a file and given back.
 
 A tape is a gzip file: a line of JSON, then for every sum, in the order in which they were made, a `Sum` and the tickets
-of its stretches of 32 outputs: the groups of the first stretch as they arrived, those of the second, and so on. Groups
-are numbered in one byte where there are at most 256, else in four, little-endian.
+of its stretches of 32 outputs: the groups of the first stretch as they arrived, those of the second, and so on. A Sum
+is terms, groups, op and step in 8, 8, 4 and 8 bytes, the number of its dtype in _DTYPES and that of its dimensions in
+one each, and these in 8 each; groups are numbered in one byte where there are at most 256, else in four. All is
+little-endian.
 """
 
 import contextlib
@@ -18,7 +20,9 @@ import numpy as np
 import torch
 
 STRETCH = 32   # consecutive outputs that share their tickets: kStretch of ../order.h
-HEADER = {"format": "ordered_reduce tape", "version": 1, "stretch": STRETCH}
+HEADER = {"format": "ordered_reduce tape", "version": 2, "stretch": STRETCH}
+_DTYPES = ("float32", "float64", "float16", "bfloat16")
+_WAITING = 1 << 20   # bytes that are compressed at once
 
 _tape = None   # the open one. The process has one, for a backward pass runs in threads of its own
 _claim = threading.Lock()   # held while one is open, or about to be
@@ -26,18 +30,19 @@ _claim = threading.Lock()   # held while one is open, or about to be
 
 class Sum(typing.NamedTuple):
     """What a tape knows a sum by."""
-    outputs: int
+    shape: tuple   # of the result; of a weight gradient: the weight's
+    dtype: str
     terms: int     # of one output; for a weight gradient: samples
     groups: int
     op: int
     step: int
 
     def __str__(self):
-        return (f"{self.outputs} outputs of {self.terms} terms (in a weight gradient: samples) in {self.groups} "
-                f"groups, op {self.op}, step {self.step}")
+        return (f"{self.dtype} outputs of shape {list(self.shape)}, of {self.terms} terms (in a weight gradient: "
+                f"samples) in {self.groups} groups, op {self.op}, step {self.step}")
 
 
-_SUM = struct.Struct("<QQQIq")
+_SUM = struct.Struct("<QQIqBB")
 
 
 def stretches(outputs):
@@ -48,14 +53,44 @@ def _number(groups):
     return np.dtype("u1" if groups <= 256 else "<i4")
 
 
-class _Tape:
-    def __init__(self, path, file, writes):
-        self.path, self.file, self.writes, self.count, self.lock = path, file, writes, 0, threading.Lock()
+class _Recorder:
+    """Writes members of a gzip file. What an interrupt leaves half done is done again: `state` is what has been done,
+    the end of the last whole member and the bytes after it, and changes at once."""
+    writes = True
+
+    def __init__(self, path, file):
+        self.path, self.file, self.lock = path, file, threading.Lock()
+        self.state = 0, bytearray(json.dumps(HEADER).encode() + b"\n")
+        self.flush()
 
     def write(self, entry, tickets):
+        head = _SUM.pack(*entry[2:], _DTYPES.index(entry.dtype), len(entry.shape))
+        data = head + struct.pack(f"<{len(entry.shape)}Q", *entry.shape)
+        data += tickets.cpu().numpy().astype(_number(entry.groups)).tobytes()
         with self.lock:
-            self.file.write(_SUM.pack(*entry) + tickets.cpu().numpy().astype(_number(entry.groups)).tobytes())
-            self.count += 1
+            self.state[1].extend(data)
+            if len(self.state[1]) >= _WAITING:
+                self.flush()
+
+    def flush(self):
+        end, waiting = self.state
+        self.file.seek(end)
+        self.file.write(gzip.compress(waiting, 6))
+        self.file.truncate()
+        self.state = self.file.tell(), bytearray()
+
+
+class _Player:
+    writes = False
+
+    def __init__(self, path, file):
+        self.path, self.file, self.count, self.lock = path, gzip.GzipFile(fileobj=file), 0, threading.Lock()
+        try:
+            header = json.loads(self._bytes())
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"path must be a tape of ordered_reduce.record; {path} is none, or broken") from error
+        if header != HEADER:
+            raise ValueError(f"path must be a tape of {HEADER}; {path} is of {header}")
 
     def _bytes(self, count=None, or_none=False):
         """The next bytes, or the first line."""
@@ -70,7 +105,11 @@ class _Tape:
     def read_entry(self):
         """The next Sum, or None at the end."""
         data = self._bytes(_SUM.size, or_none=True)
-        return Sum(*_SUM.unpack(data)) if data else None
+        if not data:
+            return None
+        *numbers, dtype, dimensions = _SUM.unpack(data)
+        shape = struct.unpack(f"<{dimensions}Q", self._bytes(8 * dimensions)) if dimensions else ()
+        return Sum(shape, _DTYPES[dtype] if dtype < len(_DTYPES) else "unknown", *numbers)
 
     def read(self, entry, tickets):
         with self.lock:
@@ -137,24 +176,16 @@ def _alone():
 @contextlib.contextmanager
 def _opened(path, writes):
     global _tape
-    with _alone(), gzip.open(path, "wb" if writes else "rb", compresslevel=6) as file:
-        tape = _Tape(path, file, writes)
-        if writes:
-            file.write(json.dumps(HEADER).encode() + b"\n")
-        else:
-            try:
-                header = json.loads(tape._bytes())
-            except (RuntimeError, ValueError) as error:
-                raise ValueError(f"path must be a tape of ordered_reduce.record; {path} is none, or broken") from error
-            if header != HEADER:
-                raise ValueError(f"path must be a tape of {HEADER}; {path} is of {header}")
-        _tape = tape
+    with _alone(), open(path, "wb" if writes else "rb") as file:
+        _tape = tape = (_Recorder if writes else _Player)(path, file)
         try:
             yield
             if not writes and _tape is tape and (left := tape.read_entry()) is not None:
                 raise RuntimeError(f"the tape {path} has more sums than the {tape.count} of this run; the next has "
                                    f"{left}")
         finally:
+            if writes and _tape is tape:
+                tape.flush()
             _tape = None
 
 
@@ -165,7 +196,8 @@ def record(path):
     The file is compressed. A step of constnet.py's network on the digits (173,840 weights in 16 layers, 8 groups) took
     662 bytes on two busy CPU cores, 44 kB before compression; orders with no pattern at all would take 18 kB. Every
     process needs a tape of its own; one that is forked meanwhile has none. What was recorded before an exception is a
-    tape, too. On a GPU every sum then waits for the device. For another `with`, call it again.
+    tape, too, and of a process that was killed what it had written, a megabyte (before compression) at a time. On a GPU
+    every sum then waits for the device. For another `with`, call it again.
 
     Raises OSError where the file cannot be written, RuntimeError where a tape is open already.
     """
@@ -180,7 +212,7 @@ def replay(path):
     other kinds of device make no difference, provided that the same sums are made in the same sequence.
 
     Raises ValueError where the file is no tape, OSError where it cannot be read, RuntimeError at the first sum that
-    differs from the tape's in outputs, terms (samples of the batch), groups, op or step, where the tape ends early, is
-    broken, or holds more sums than were made, and where a tape is open already.
+    differs from the tape's in shape, dtype, terms (samples of the batch), groups, op or step, where the tape ends
+    early, is broken, or holds more sums than were made, and where a tape is open already.
     """
     return _opened(path, False)
