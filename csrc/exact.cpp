@@ -193,9 +193,13 @@ struct Lanes {
     exponent = 0;
   }
 
+  // ahead: so many numbers after a row stands one that is added next, elsewhere in memory, where the processor would not
+  // look ahead; or 0.
   template <int ROWS, bool LEAST, class T>
-  INLINE void add(const T* const* row, int vectors) {
+  INLINE void add(const T* const* row, int vectors, int64_t ahead) {
     for (int v = 0; v < vectors; ++v) {
+      if (ahead && v * kEach * sizeof(T) % 64 == 0)
+        for (int k = 0; k < ROWS; ++k) __builtin_prefetch(row[k] + v * kEach + ahead);
       Doubles s[2] = {sum[v * kFours], kFloat ? sum[v * kFours + 1] : errors[v]};
       Sizes<T, LEAST> sizes;
       for (int k = 0; k < ROWS; ++k) {
@@ -342,8 +346,8 @@ struct Rounding {
     const Raw bits = Raw(x);
     return Doubles((bits + (bits >> kCut & 1) + (uint64_t{1} << (kCut - 1)) - 1) >> kCut << kCut);
   }
-  INLINE static void store_eight(const float* x, T* out) {   // what has been cut, which T holds unless it overflows
-    const Words bits = *reinterpret_cast<const EightWords*>(x), size = bits & INT32_MAX;
+  INLINE static void store_eight(FourFloats x, FourFloats y, T* out) {   // what has been cut: T holds it, or it overflows
+    const Words bits = Words(__builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7)), size = bits & INT32_MAX;
     const Words half = larger(smaller((size >> 13) - (112 << 10), Words{} + 0x7C00), Words{}) | (bits >> 16 & 0x8000);
     *reinterpret_cast<EightHalves*>(out) = __builtin_convertvector(kBrain ? bits >> 16 : half, EightHalves);
   }
@@ -358,25 +362,25 @@ struct Rounding {
     Bits sure = ~Bits{};
     if constexpr (!kHalf) sure = Bits((most >> kExponent) - least <= room);
     if constexpr (kDouble) sure &= Bits(most >> kExponent < kOverflow);
-    alignas(32) float floats[8];
+    FourFloats floats[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       if constexpr (kDouble) {
         *reinterpret_cast<FourDoubles*>(out + 4 * v) = errors[v] == 0 ? sum[v] : sum[v] + errors[v];   // -0.0 + 0 is not -0.0
       } else {
         const Doubles near = std::is_same_v<T, A> ? sum[v] : cut(sum[v]);
-        *reinterpret_cast<FourFloats*>(floats + 4 * v) = __builtin_convertvector(near, FourFloats);
+        floats[v] = __builtin_convertvector(near, FourFloats);
         if constexpr (!std::is_same_v<T, A>) sure &= (sum[v] == sum[v]) & ((size(near) >= kNormal) | (near == 0));
       }
     }
-    if constexpr (std::is_same_v<T, float>) std::copy_n(floats, 8, out);
-    else if constexpr (!kDouble) store_eight(floats, out);
+    if constexpr (std::is_same_v<T, float>) std::copy_n(floats, kVectors, reinterpret_cast<FourFloats*>(out));
+    else if constexpr (!kDouble) store_eight(floats[0], floats[1], out);
     return every(sure);
   }
 
   // Each of kSide sums rounded to out, and whether that is the exact sum's rounding for certain (~0, never with NaN or an
   // infinite sum of doubles) or not (0).
   INLINE void operator()(const Side& sums, T* out, int32_t* certain) const {
-    alignas(32) float floats[kSide];   // half types'
+    FourFloats floats[kSide / 4];   // half types'
     Bits all = ~Bits{};
     for (int i = 0; i < kSide; i += 4) {
       const auto words = [i](const int32_t* x) __attribute__((always_inline)) {
@@ -399,13 +403,13 @@ struct Rounding {
         const Doubles low = kBrain ? sum + (rest - bound) : to_odd(sum, rest), near = cut(low);
         const Bits sure = (low == low) & (size(near) >= kNormal) &
                           (kBrain ? near == cut(sum + (rest + bound)) : (rest == rest) & -int64_t(few));
-        *reinterpret_cast<FourFloats*>(floats + i) = __builtin_convertvector(near, FourFloats);
+        floats[i / 4] = __builtin_convertvector(near, FourFloats);
         *reinterpret_cast<FourWords*>(certain + i) = __builtin_convertvector(sure, FourWords);
         all &= sure;
       }
     }
     if constexpr (std::is_same_v<T, A>) return;
-    for (int i = 0; i < kSide; i += 8) store_eight(floats + i, out + i);
+    for (int i = 0; i < kSide / 4; i += 2) store_eight(floats[i], floats[i + 1], out + 4 * i);
     for (int i = 0; i < kSide && !every(all); ++i)
       if (!certain[i]) round(sums, i, out, certain);
   }
@@ -545,9 +549,10 @@ struct ExactSum {
                sums.add_at_once(first + t);
       };
       const auto add = [&](const auto& at) __attribute__((always_inline)) {
-        if (some == 1) sums.template add<1, true>(at, vectors);
-        else if (r.terms > kTies) sums.template add<kStreams, false>(at, vectors);
-        else sums.template add<kStreams, true>(at, vectors);
+        const int64_t ahead = across && !r.rows && row + 2 * some <= rows ? some * step : 0;
+        if (some == 1) sums.template add<1, true>(at, vectors, 0);
+        else if (r.terms > kTies) sums.template add<kStreams, false>(at, vectors, ahead);
+        else sums.template add<kStreams, true>(at, vectors, ahead);
       };
       if (add_at_once()) {
         some = kRowsAtOnce;
@@ -640,9 +645,9 @@ struct ExactSum {
       constexpr int kLast = kWidth / kEach - 1;
       const Words most = upper(sizes[0].most(), sizes[kLast].most());
       const Words least = upper(sizes[0].least(), sizes[kLast].least());
-      T rounded[kWidth];
-      if (settled.eight(sum, errors, most, least, rounded)) {
-        std::copy_n(rounded, some, out + output + w);
+      T rounded[kWidth], *const to = out + output + w;
+      if (settled.eight(sum, errors, most, least, some == kWidth ? to : rounded)) {
+        if (some < kWidth) std::copy_n(rounded, some, to);
         continue;
       }
       Place sums = {};
