@@ -22,6 +22,7 @@ import math
 import pathlib
 import statistics
 import sys
+import threading
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from torch.nn import functional as F
 
 import common
 
+STARTING = threading.Lock()   # one network at a time draws its weights, from the process's generator
 EXACT = 200   # bits: up to this length p-values are exact, above the normal approximation serves
 GROUPS = {"fraction 0-7": range(0, 8), "fraction 8-15": range(8, 16), "fraction 16-22": range(16, 23),
           "exponent": range(23, 31), "sign": range(31, 32)}   # bits of a float32, 0 the least significant
@@ -206,12 +208,13 @@ def before_and_after(args, data, seed):
     """Rows of a network, He-normal at the start, before and after training, and its test accuracy [%], None where
     training diverged."""
     images, labels, test_images, test_labels, classes = data
-    scale = 1 / float(images.max())
-    torch.manual_seed(seed)
-    model = Network(images.shape[1], classes)
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(module.weight)
+    scale = 1 / max(1.0, float(images.max()))   # of black images, too
+    with STARTING:
+        torch.manual_seed(seed)
+        model = Network(images.shape[1], classes)
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight)
     model.to(images.device)
     rows = layer_rows(model.state_dict(), arm="before", seed=seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
@@ -276,7 +279,7 @@ def told_apart(rows):
 
 def image_z(images, number):
     """Mean |z| over the bits of the first images, each a sequence of float32 pixels in [0, 1] in row order."""
-    scale, z = 1 / float(images.max()), []
+    scale, z = 1 / max(1.0, float(images.max())), []
     for image in images[:number]:
         z += [abs(row[2]) for row in runs_test(bits_of(image * scale)) if row[2] is not None]
     return {"images": min(number, len(images)), "pixels": images[0].numel(),
@@ -315,6 +318,8 @@ def report(directory):
     """Figure and tables of a run from its files, so that they can be had again at any time."""
     rows = common.read_csv(directory / "metrics.csv", text=("arm", "layer", "type"))
     summary = json.loads((directory / "summary.json").read_text())
+    if not rows:
+        raise ValueError("its metrics.csv is empty")
     draw_figure(rows, directory / "bit_runs.png")
     for arm, table in summary["table"].items():
         print(f"\nlargest |z| of {arm} (smallest p, times the number of tests)")
@@ -359,9 +364,15 @@ def main(argv=None):
     else:
         pieces, do = {f"seed {seed}": (args, data, seed) for seed in range(args.seeds)}, before_and_after
     try:
-        done = common.work(pieces, do, out)
+        # Each on one thread: the bits of PyTorch's gradients depend on the number of threads.
+        done = common.work(pieces, do, out, 1 if args.device.startswith("cuda") else torch.get_num_threads())
     except KeyboardInterrupt:
         return common.interrupted(out)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        common.fail(f"argument --batch-size: with {args.batch_size} of images so small a channel has one value alone, "
+                    "which batch norm cannot normalise; try a larger one")
     if not common.first_process():
         return 0
     found, accuracies = zip(*done.values(), strict=True)

@@ -59,12 +59,16 @@ def interrupted(out):
 
 
 def run(main):
-    """Exits with the status that main returns, 130 after Ctrl-C while data are loaded or results drawn, or 2 where the
-    disk is full."""
+    """Exits with the status that main returns, 130 after Ctrl-C while data are loaded or results drawn, or 2 where disk
+    or memory are full."""
     try:
         sys.exit(main())
     except Unwritable as error:
         fail(f"argument --out: {error}; make room and continue with --resume, or name another directory")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
+        fail(f"not enough memory ({_line(error)}); try smaller sizes")
     except KeyboardInterrupt:
         print(f"\n{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -290,7 +294,9 @@ def read_csv(path, text):
 @contextlib.contextmanager
 def finished_run(directory):
     """`with finished_run(args.plot_only) as directory:` to report from a run's files; one line and exit 2 where that
-    fails."""
+    fails. Of torchrun's processes the first does it."""
+    if RANK:
+        sys.exit(0)
     try:
         yield pathlib.Path(directory)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -316,7 +322,7 @@ def run_directory(out, default, resume):
     if resume:
         return taken[-1] if taken else fail(f"argument --resume: there is no run to continue in {path}; leave --resume "
                                             "out to start one")
-    if out and (taken or (path / "done").exists()):
+    if out and (taken or any((path / kept).exists() for kept in ("done", "seeds"))):
         fail(f"argument --out: {path} holds a run already; add --resume to continue it, or name another directory")
     number = 2
     while not out and path.exists():

@@ -223,7 +223,8 @@ def check_arguments(args):
          f"different rows from 1 to {len(TABLE_1)}")
     need(0 <= args.cutout < 1 << 31, "--cutout", args.cutout, "in [0, 2**31)")
     for dataset in args.figure2 or ():
-        need(dataset in common.DATASETS, "--figure2", dataset, f"two of {', '.join(common.DATASETS)}")
+        need(dataset in common.DATASETS and len(set(args.figure2)) == 2, "--figure2", dataset,
+             f"two of {', '.join(common.DATASETS)}")
     need(0 <= args.warmup <= 1, "--warmup", args.warmup, "in [0, 1]")
     for name in ("lr", "weight_decay", "mixup", "prox"):
         value = getattr(args, name)
@@ -785,6 +786,12 @@ def train(args, name, seed, data, out):
     """
     images, labels, test_images, test_labels, _ = data
     device, batch, run = images.device, args.batch_size, f"{name}-{seed}"
+    if args.order == "atomic" and device.type == "cpu" and torch.get_num_threads() == 1:
+        torch.set_num_threads(2)   # one thread, as torchrun gives to each process, cannot race
+        try:
+            return train(args, name, seed, data, out)
+        finally:
+            torch.set_num_threads(1)
     rank, processes = (0, 1) if study_of(args) else (common.RANK, common.PROCESSES)   # a study's process works alone
     normalise = normaliser(images)
 
@@ -926,6 +933,8 @@ def train(args, name, seed, data, out):
             saved = time.perf_counter()
             saving = saved - now
     progress.close()
+    if args.prune and not args.mask and step <= args.rewind:   # diverged before: what is masked then starts from there
+        save_weights(out / f"{run}-rewind.pt")
     symmetry.flush()
     log()
     seconds += time.perf_counter() - started
@@ -1032,10 +1041,10 @@ def draw_figure(rows, summary, path):
         spread.set_yticks([])
     else:
         spread.set_yscale("log")
-    parts = {arm["init"] or "none" for arm in summary}
     title = ", ".join(dict.fromkeys(arm["dataset"] for arm in summary))
-    if len(parts) == 1:
-        title += f", start: {min(parts)}, dropout {summary[0]['dropout']:g}"
+    for label, values in (("start:", {arm["init"] or "none" for arm in summary}),
+                          ("dropout", {f"{arm['dropout']:g}" for arm in summary})):
+        title += f", {label} {min(values)}" if len(values) == 1 else ""
     accuracy.set(xlabel="step", ylabel="test accuracy [%]", ylim=(0, 100), title=title)
     spread.set(xlabel="step", title="spread of a layer's filters, |W - mean| / |W|, largest")
     filters.set(title="distinct filters at the end", xticks=range(len(layers)))
@@ -1130,6 +1139,8 @@ def report(directory):
         return draw_signal(common.read_csv(directory / "signal.csv", text=("arm", "layer")), directory / "signal.png")
     summary = json.loads((directory / "summary.json").read_text())
     rows = common.read_csv(directory / "metrics.csv", text=("arm",))
+    if not rows or not summary:
+        raise ValueError("its metrics.csv or summary.json is empty")
     draw_figure(rows, summary, directory / "constnet.png")
     print_table(summary)
     if arguments["table1"] is not None:   # [] is all rows
@@ -1172,8 +1183,10 @@ def main(argv=None):
         images, labels, *_, classes = load(arm.dataset)
         if len(labels) < arm.batch_size:
             common.fail(f"argument --batch-size: {arm.batch_size} is more than the {len(labels)} training images")
-        common.need(arm.rewind < arm.epochs * (len(labels) // arm.batch_size), "--rewind", arm.rewind,
-                    "less than the steps of a training")
+        steps = arm.epochs * (len(labels) // arm.batch_size)
+        common.need(arm.rewind < steps, "--rewind", arm.rewind, "less than the steps of a training")
+        common.need(arm.order_steps is None or arm.order_steps[0] < steps, "--order-steps", arm.order_steps,
+                    f"such that the first is one of a training's {steps} steps")
         try:
             model = make_network(arm, images.shape[1], classes)
             ordered_reduce.convert(model, layers=arm.order_layers)

@@ -97,6 +97,7 @@ def parse_arguments(argv=None):
         values = getattr(args, name)
         need(set(values) <= set(valid) and len(set(values)) == len(values), f"--{name}", " ".join(values),
              f"different ones of {', '.join(map(repr, valid))}")
+    args.variance = [float(f"{variance:.6g}") for variance in args.variance]   # as metrics.csv has it
     for name in ("variance", "batch_norm", "lr"):
         values = getattr(args, name)
         need(len(set(values)) == len(values), f"--{name}", values, "different values")
@@ -381,9 +382,8 @@ def claims(rows):
     for scaling, variance in itertools.product(SCALINGS, variances):
         compare("normal trains where uniform stalls" if scaling == "unit" else "normal is better than uniform",
                 ("he normal", scaling, variance, "off"), ("he uniform", scaling, variance, "off"))
-    for init, scaling in itertools.product(INITS, SCALINGS[1:]):
-        compare("batch norm mends a high variance", (init, scaling, variances[-1], "on"),
-                (init, scaling, variances[-1], "off"))
+    for init, scaling, variance in itertools.product(INITS, SCALINGS[1:], scaled[-1:]):
+        compare("batch norm mends a high variance", (init, scaling, variance, "on"), (init, scaling, variance, "off"))
     return found
 
 
@@ -467,6 +467,8 @@ def report(directory):
                     for name in ("metrics.csv", "layers.csv"))
     config = json.loads((directory / "config.json").read_text())["arguments"]
     summary = json.loads((directory / "summary.json").read_text())
+    if not rows or not layers:
+        raise ValueError("its metrics.csv or layers.csv is empty")
     draw_figures(rows, layers, config, directory)
 
     def between(row):

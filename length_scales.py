@@ -157,7 +157,7 @@ def steps_to_start(parameters, forward, data, args, generator):
     forward(parameters, x) maps (1 or seeds, inputs, images) to (seeds, classes, images); a seed has its own batches.
     """
     images, labels, test_images, test_labels, _ = data
-    seeds, scale = parameters[0].shape[0], 1 / float(images.max())
+    seeds, scale = parameters[0].shape[0], 1 / max(1.0, float(images.max()))   # of black images, too
     parameters = [p.requires_grad_() for p in parameters]
     test = (test_images[:1000] * scale).t()[None]   # enough to tell 20 % from 10 %
     started = [None] * seeds
@@ -314,7 +314,7 @@ def draw_figures(rows, directory):
         parts = [(part, quantity, draw) for part, quantity, draw in parts
                  if any(row["part"] == part and row["quantity"] == quantity for row in rows)]
         if not parts:
-            return
+            return (directory / name).unlink(missing_ok=True)   # of a run that had them
         figure, axes = plt.subplots(1, len(parts), figsize=(1.3 + 5 * len(parts), 3.8), squeeze=False,
                                     layout="constrained")
         for axis, (part, quantity, draw) in zip(axes[0], parts, strict=True):
@@ -402,6 +402,8 @@ def summarise(rows):
 def report(directory):
     """Figures and table of a run from its files, so that they can be had again at any time."""
     rows, summary = read_rows(directory), json.loads((directory / "summary.json").read_text())
+    if not rows:
+        raise ValueError("its metrics.csv is empty")
     draw_figures(rows, directory)
     for part, quantity in dict.fromkeys((row["part"], row["quantity"]) for row in rows):
         mine = [row for row in rows if (row["part"], row["quantity"]) == (part, quantity)]

@@ -180,7 +180,7 @@ def train(cells, units, seeds, data, args, tick):
     """Trains all the cells for all the seeds together; returns their rows. `data` holds flat uint8 images."""
     x_train, y_train, x_test, y_test, classes = data
     device, inputs, batch, S = x_train.device, x_train.shape[1], args.batch_size, len(seeds)
-    scale = 1 / float(x_train.max())
+    scale = 1 / max(1.0, float(x_train.max()))   # of black images, too
     w1 = torch.zeros(S, units, inputs, device=device)   # the units of all cells of a seed, one after the other
     groups, first = [], 0                               # (N, its cells, their first unit, their W2)
     for width, alike in itertools.groupby(cells, key=lambda cell: cell.width):
@@ -301,9 +301,9 @@ def statements(errors):
     seeds = len(next(iter(errors.values()), []))
     if low == high or len(widths) < 3 or len(features) < 3 or any(len(values) != seeds for values in errors.values()):
         return []
-    if not {*itertools.product(widths, (low, high))} <= {(n, noise) for n, _, noise in errors}:   # all diverged there
-        return []
     cells = [(n, k) for n, k, noise in errors if noise == low and (n, k, high) in errors]
+    if {n for n, _ in cells} != set(widths):   # all others of a width diverged
+        return []
     by_k = {k: [n for n in widths if (n, k, low) in errors] for k in features}
     few = [k for k in features
            if k <= max(widths) / 32 and len(by_k[k]) > 1 and all((n, k, low) in errors for n in widths if n >= k)]
@@ -426,6 +426,8 @@ def report(directory):
     """Figures and tables of a run from its files, so that they can be had again at any time."""
     rows = common.read_csv(directory / "metrics.csv", text=())
     summary = json.loads((directory / "summary.json").read_text())
+    if not rows:
+        raise ValueError("its metrics.csv is empty")
     draw_figures(rows, directory)
     conditions = sorted({(cell["noise"], cell["dropout"]) for cell in summary["cells"]})
     for noise, dropout in conditions:

@@ -247,7 +247,8 @@ def one_run(args, data, seed, p, convert):
             torch.set_num_threads(1)
             with ordered_reduce.replay(f"{folder}/tape"):
                 if repr(train(*run)) != repr(found):   # as text, in which NaN equals NaN
-                    raise RuntimeError(f"the replay of {RECORDED}, seed {seed}, is another run")
+                    common.fail(f"argument --image-size: the replay of {RECORDED}, seed {seed}, is another run, as at "
+                                "this size PyTorch has other bits on one thread than on two; try another size")
             return found
     finally:
         torch.set_num_threads(1)
@@ -429,6 +430,8 @@ def report(directory):
     rows, _ = read_rows(directory)
     found = json.loads((directory / "summary.json").read_text())
     summary = found["arms"]
+    if not rows or not summary:
+        raise ValueError("its metrics.csv or summary.json is empty")
     draw_figures(rows, summary, directory)
 
     def cell(value, digits):

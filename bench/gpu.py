@@ -193,18 +193,22 @@ def layers(device, batch=128, size=32, widths=(160, 320, 640)):
     return rows
 
 
-def network(width, precision, device, batch, size):
-    """(policy, a function that makes a training step of a Constnet on CIFAR-sized images, its model)."""
+def network(width, precision, device, batch, size, order):
+    """(policy, a function that makes a training step of a Constnet on CIFAR-sized images, its model). PyTorch's own
+    operations are deterministic but for order native, as constnet.py has it."""
     import ordered_reduce
 
     import constnet
 
+    torch.use_deterministic_algorithms(order != "native")
+    torch.backends.cudnn.deterministic = order != "native"
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.manual_seed(0)
     model = constnet.Constnet(3, 10, widen=width)
     constnet.initialise(model, "")
     model.to(device, memory_format=torch.channels_last)   # as constnet.py has it
-    policy = ordered_reduce.convert(model, "fixed", 8)
+    policy = ordered_reduce.convert(model, order, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     x = torch.randn(batch, 3, size, size, device=device)
     y = torch.randint(0, 10, (batch,), device=device)
@@ -242,8 +246,7 @@ def steps(device, widths=(1, 10), batch=128, size=32):
             for how in ("graph", "kernel by kernel"):
                 native = None
                 for order in ("native", "fixed", "shuffled", "atomic"):
-                    policy, step, _ = network(width, precision, device, batch, size)
-                    policy.order = policy.now = order
+                    policy, step, _ = network(width, precision, device, batch, size, order)
                     policy.to(device)
                     ours = median_seconds(captured(step) if how == "graph" else step, 0.3)
                     native = native or ours
@@ -258,8 +261,7 @@ def channels(device, width=10, batch=128, size=16):
 
     rows = []
     for precision in ("fp32", "tf32", "bf16"):
-        _, _, model = network(width, precision, device, batch, size)
-        torch.use_deterministic_algorithms(True)   # as constnet.py has it
+        _, _, model = network(width, precision, device, batch, size, "fixed")
         for s, stage in enumerate(model.stages):
             for b, block in enumerate(stage[:2]):
                 side = size >> max(0, s - (b == 0))
@@ -270,7 +272,6 @@ def channels(device, width=10, batch=128, size=16):
                           **{check: "; ".join(cases) for check, cases in row["failures"].items()
                              if check in ("repeats", "equal channels")}}
                          for row in found if "no" in (row["repeats"], row["equal channels"])]
-        torch.use_deterministic_algorithms(False)
     return rows or [{"what": "everything repeats and treats equal channels equally"}]
 
 
@@ -279,8 +280,7 @@ def compiled(device, width=10, batch=128, size=32):
     rows, native = [], None
     for order in ("native", "fixed", "shuffled"):
         torch.compiler.reset()
-        policy, step, model = network(width, "bf16", device, batch, size)
-        policy.order = policy.now = order
+        _, step, model = network(width, "bf16", device, batch, size, order)
         forward, started = torch.compile(model), time.perf_counter()
         step(forward)
         first = time.perf_counter() - started
@@ -386,6 +386,8 @@ def main():
                 missing = str(error)
             result[name] = ({"skipped": missing} if missing else
                             part(args.out.resolve()) if part is training else part("cuda"))
+        torch.use_deterministic_algorithms(False)   # what network() has set
+        torch.backends.cudnn.deterministic = False
         print(f"{name}: {time.perf_counter() - started:.0f} seconds", flush=True)
         file.write_text(json.dumps(result, indent=1) + "\n")
         (args.out / "gpu.md").write_text(table(result))

@@ -135,8 +135,7 @@ def sorting():
 def steps():
     for width, precision in ((10, "bf16"), (1, "fp32"), (1, "bf16"), (10, "tf32"), (10, "fp32")):
         for order in ("native", "fixed", "shuffled", "atomic"):
-            policy, step, _ = bench.network(width, precision, "cuda", 128, 32)
-            policy.order = policy.now = order
+            policy, step, _ = bench.network(width, precision, "cuda", 128, 32, order)
             policy.to("cuda")
             say(what="graphed step", width=width, precision=precision, order=order, gpu=alone(step))
             say(what="step", width=width, precision=precision, order=order, wall=wall(step))

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import struct
 
 import pytest
@@ -144,6 +145,26 @@ def test_question_1_and_resume(run, tmp_path):
     figure = (whole / "bit_runs.png").read_bytes()
     assert run("bit_runs.py", "--plot-only", whole).returncode == 0
     assert (whole / "bit_runs.png").read_bytes() == figure
+
+
+def test_numbers_do_not_depend_on_threads_or_processes(run, tmp_path):
+    for out, processes, threads in (("a", 1, "1"), ("b", 1, "3"), ("c", 2, "1")):
+        done = run("bit_runs.py", "--seeds", 3, "--steps", 60, "--images", 5, "--out", tmp_path / out, processes=processes,
+                   env={**os.environ, "OMP_NUM_THREADS": threads})
+        assert done.returncode == 0, done.stderr
+    assert len({(tmp_path / out / "metrics.csv").read_bytes() for out in "abc"}) == 1
+
+
+def test_a_single_value_per_channel_is_one_line(monkeypatch, tmp_path, capsys):
+    images, labels = torch.arange(12, dtype=torch.uint8).view(4, 3, 1, 1), torch.tensor([0, 1, 0, 1])
+    monkeypatch.setattr(bit_runs.common, "load_data", lambda *_: (images, labels, images, labels, 2))
+    with pytest.raises(SystemExit) as stop:
+        bit_runs.main(["--batch-size", "1", "--seeds", "1", "--steps", "1", "--out", str(tmp_path / "a")])
+    assert stop.value.code == 2 and "--batch-size" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_black_images(monkeypatch):
+    assert bit_runs.image_z(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), 4) is not None
 
 
 def test_checkpoints_and_models(run, tmp_path):

@@ -289,6 +289,43 @@ def test_divergence_in_the_last_step_is_noticed(tmp_path, run):
     assert done.returncode == 3 and results(tmp_path / "a")[0]["diverged"]
 
 
+def test_one_thread_alone_would_not_race(tmp_path):
+    """As torchrun gives to each process: the racing arm takes two, and the others are left with one."""
+    before, seen, real = torch.get_num_threads(), {}, constnet.order_additions
+
+    def watched(args, model):
+        seen[args.order] = torch.get_num_threads()
+        return real(args, model)
+
+    try:
+        torch.set_num_threads(1)
+        constnet.order_additions = watched
+        arguments = ("--blocks", 3, *QUICK, "--device", "cpu", "--order", "fixed", "atomic", "shuffled", "--out", tmp_path / "a")
+        assert constnet.main(list(map(str, arguments))) == 0 and torch.get_num_threads() == 1
+    finally:
+        constnet.order_additions = real
+        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(False)
+    assert seen == {"fixed": 1, "atomic": 2, "shuffled": 1}
+
+
+def test_what_is_pruned_after_a_divergence_diverges_too(tmp_path, run):
+    done = run("constnet.py", "--prune", 0.5, "--rewind", 30, "--epochs", 2, "--blocks", 3, "--lr", 1e30, "--warmup", 0,
+               "--out", tmp_path / "a")
+    assert done.returncode == 3, done.stderr
+    assert [arm["diverged"] for arm in results(tmp_path / "a")] == [True] * 6
+
+
+@pytest.mark.parametrize("name,content", [("metrics.csv", ""), ("metrics.csv", "arm,seed\n"), ("summary.json", "[]")])
+def test_figures_are_not_drawn_of_nothing(tmp_path, capsys, name, content):
+    for file in ("metrics.csv", "summary.json", "config.json"):
+        (tmp_path / file).write_bytes((ROOT / "results" / "constnet" / "digits" / file).read_bytes())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        constnet.main(["--plot-only", str(tmp_path)])
+    assert stop.value.code == 2 and "empty" in capsys.readouterr().err and not list(tmp_path.glob("*.png"))
+
+
 # ------------------------------------------------------------------------------------------------ studies and options
 
 
@@ -656,7 +693,8 @@ BAD = [
     (("--plot-only", ""), "--plot-only"), (("--device", "hpu"), "--device.*hpu"),
     (("--shards", 16), "--splits.*8.*4"), (("--warmup", -1), "--warmup.*-1"), (("--sync-batch-norm",), "--sync-batch-norm.*torchrun"),
     (("--table1", 1, "--dropout", 0.5), r"--dropout.*0\.5.*left out"), (("--table1", "--order", "native"), "--order.*left out"),
-    (("--figure2", "digits", "digits", "--init", "ab"), "--init.*left out"), (("--prune", 0.5, "--init", "none"), "--init.*left out"),
+    (("--figure2", "digits", "mnist", "--init", "ab"), "--init.*left out"), (("--figure2", "digits", "digits"), "--figure2.*two of"),
+    (("--order-steps", 5000, 6000), "--order-steps.*5000.*528 steps"), (("--prune", 0.5, "--init", "none"), "--init.*left out"),
     (("--arch", "leakynet", "--init", "ab"), "--init.*left out"), (("--layer-init", "h_hhhh_hhhh_hhhh"), "--layer-init.*left out"),
     (("--leakynet-study", "--layer-init", "h_hhhh_hhhh_hhhh"), "--layer-init.*left out"), (("--lr", 1e39), "--lr.*float32"),
     (("--mixup", 1e-50), "--mixup.*0.001"), (("--image-size", 5), "--image-size.*imagefolder"), (("--widen", 1000000), "--widen.*memory"),

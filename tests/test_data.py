@@ -178,8 +178,9 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, capsys):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_results_of_another_run_are_not_taken_for_new(tmp_path, capsys):
-    (tmp_path / "done").mkdir()
+@pytest.mark.parametrize("kept", ["done", "seeds"])
+def test_results_of_another_run_are_not_taken_for_new(tmp_path, capsys, kept):
+    (tmp_path / kept).mkdir()
     with pytest.raises(SystemExit) as stop:
         common.run_directory(tmp_path, "", False)
     assert stop.value.code == 2 and "holds a run already" in capsys.readouterr().err
@@ -221,6 +222,22 @@ def test_processes_share_out_what_is_left(tmp_path, monkeypatch):
     did = []
     found = common.work({name: (name,) for name in "abcd"}, lambda name: did.append(name) or [2], tmp_path)
     assert did == ["d"] and found == {"a": [0], "b": [1], "c": [0], "d": [2]}
+
+
+def test_too_little_memory_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        common.run(lambda: torch.empty(1 << 60))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "not enough memory" in error and error.count("\n") == 1
+    with pytest.raises(RuntimeError, match="another"):
+        common.run(lambda: exec("raise RuntimeError('another')"))
+
+
+def test_one_process_draws_again(monkeypatch):
+    monkeypatch.setattr(common, "RANK", 1)
+    with pytest.raises(SystemExit) as stop, common.finished_run("anywhere"):
+        raise AssertionError
+    assert stop.value.code == 0
 
 
 def test_ctrl_c_outside_of_training_is_one_line(capsys):

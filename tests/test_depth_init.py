@@ -196,6 +196,14 @@ def test_claims_from_known_accuracies():
                         ("batch norm mends a high variance", "increasing", "increasing"): ("yes", 10.0)}
 
 
+def test_batch_norm_is_asked_about_variances_below_1_too():
+    rows = [{"init": "he normal", "scaling": scaling, "variance": 1.0 if scaling == "unit" else 0.5, "batch_norm": norm,
+             "seed": seed, "epoch": 3, "test_accuracy": 50.0 + seed + 9 * (norm == "on")}
+            for scaling in ("unit", "constant") for norm in ("off", "on") for seed in range(4)]
+    assert [(row["claim"], row["holds"], row["difference"]) for row in depth_init.claims(rows) if "batch" in row["claim"]] == [
+        ("batch norm mends a high variance", "yes", 9.0)]
+
+
 def test_claims_are_made_at_every_variance():
     rows = [{"init": "he normal", "scaling": scaling, "variance": variance, "batch_norm": "off", "seed": seed, "epoch": 3,
              "test_accuracy": 90.0 + seed} for scaling, variance in (("unit", 1.0), ("increasing", 1.0), ("increasing", 22.0))
@@ -270,6 +278,7 @@ def test_divergence_keeps_the_rows(run, tmp_path):
     (["--init", "he"], "--init"), (["--scaling", "up"], "--scaling"), (["--variance", 0], "--variance"),
     (["--n", 0], "increase"), (["--c", 2], "no k exists"), (["--layers", 0], "--layers"), (["--seeds", 0], "--seeds"),
     (["--lr", 0], "--lr"), (["--epochs", 0], "--epochs"), (["--variance", 3, 3], "--variance"),
+    (["--variance", 22, 22.0000001], "--variance"),   # which metrics.csv could not tell apart
 ])
 def test_bad_arguments_are_one_line_and_exit_2(capsys, given, complaint):
     with pytest.raises(SystemExit) as stopped:

@@ -193,6 +193,8 @@ def test_script_resume_and_plot_only(run, tmp_path):
         path.name for path in whole.iterdir()}
     assert run("length_scales.py", *QUICK, "--parts", "lengths", "--out", parts).returncode == 0
     first = (parts / "metrics.csv").read_text().splitlines()
+    done = run("length_scales.py", *QUICK, "--parts", "residual", "--out", parts, "--resume")   # the lengths are left out
+    assert done.returncode == 0 and not (parts / "figure1.png").exists() and "figure1" not in done.stdout
     done = run("length_scales.py", *QUICK, "--out", parts, "--resume")
     assert done.returncode == 0, done.stderr
     rows = [length_scales.read_rows(out) for out in (whole, parts)]

@@ -198,6 +198,9 @@ def test_no_statements_about_a_grid_that_cannot_answer():
     assert mlp_replicated.statements({}) == []
     one_level_diverged = {cell: errors for cell, errors in synthetic(lambda n, k, noise: n).items() if cell[0] < 64 or cell[2] == 0}
     assert mlp_replicated.statements(one_level_diverged) == []
+    apart = {cell: errors for cell, errors in synthetic(lambda n, k, noise: n).items()   # no K of N = 64 at both noises
+             if cell[0] < 64 or (cell[1] < 8) == (cell[2] == 0)}
+    assert mlp_replicated.statements(apart) == []
     between = {(n, k, 0.005, dropout): errors for (n, k, noise, dropout), errors in synthetic(lambda n, k, noise: n).items() if noise == 0}
     assert mlp_replicated.statements(one_level_diverged | between) == []
 

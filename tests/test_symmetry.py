@@ -283,11 +283,12 @@ def test_script_noise_part_and_two_processes(run, tmp_path):
     assert racing < arms.keys() and "one bit at step 1" in arms and "dropout 0.01" in arms
 
 
-def test_a_replay_that_differs_is_an_error(monkeypatch):
+def test_a_replay_that_differs_is_an_error(monkeypatch, capsys):
     real, runs = symmetry.train, iter((0, 1))
     monkeypatch.setattr(symmetry, "train", lambda *given: [next(runs), *real(*given)])
-    with pytest.raises(RuntimeError, match="replay"):
+    with pytest.raises(SystemExit) as stop:
         train(dict(order="arrival"), "--steps", 1)
+    assert stop.value.code == 2 and "replay" in capsys.readouterr().err
 
 
 def test_divergence_is_exit_3_and_keeps_the_metrics(run, tmp_path):
