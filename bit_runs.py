@@ -6,7 +6,7 @@ counts the runs of equal bits; z is their number's distance from the mean of ind
 Table 3 takes the largest |z| of a trained ResNet-18's layers, and the mean |z| of images, where bits are anything but
 independent. Question 1 of the slides: can trained parameters be told from untrained ones?
 
-    python bit_runs.py                                      # question 1 on the digits, about a minute on two cores
+    python bit_runs.py                                      # question 1 on the digits, half a minute on two cores
     python bit_runs.py --model resnet18 --weights DEFAULT   # Table 3 (the weights are downloaded)
     python bit_runs.py --checkpoint runs/constnet/digits/shuffled-0.pt
 
