@@ -59,7 +59,9 @@ def sums():
         square = x.view(1 << exponent // 2, -1)
         cases = [("whole", x, None), ("rows", square, 1), ("columns", square, 0)]
         if exponent == 20 and dtype == torch.float32:
-            cases += [(f"rows of {n}", x[: len(x) // n * n].view(-1, n), 1) for n in (64, 100, 256, 784)]
+            cases += [(f"rows of {n}", x[: len(x) // n * n].view(-1, n), 1) for n in (64, 100, 256, 500, 784)]
+        if exponent == 24:
+            cases += [("columns of 8", x.view(8, -1), 0)]
         for name, terms, dim in cases:
             ratio, ours, theirs = compare(lambda: ordered_reduce.sum(terms, dim),
                                           lambda: terms.sum() if dim is None else terms.sum(dim))

@@ -67,6 +67,21 @@ INLINE void add_rows(int rows, const T* const (&row)[kRows], int width, Acc* sum
   }
 }
 
+// Which of the 32 lanes hold terms, where n terms are left for them. (LANES: 16 where no more can be.)
+template <class T>
+struct Masks {
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Lane Mask __attribute__((vector_size(32)));
+  static constexpr int kWide = 32 / sizeof(T);
+  Mask vector[kLanes / kWide];
+
+  INLINE explicit Masks(int64_t n) {
+    Mask place = {0, 1, 2, 3};
+    if constexpr (kWide == 8) place = Mask{0, 1, 2, 3, 4, 5, 6, 7};
+    for (int i = 0; i < kLanes / kWide; ++i) vector[i] = place < Lane(n - i * kWide);
+  }
+};
+
 // A part of the 32 lanes in vectors: in four, since three times as many fit into the registers. (Where they are an
 // array, the compiler keeps them in memory.)
 template <class T>
@@ -78,6 +93,12 @@ struct Part {
   INLINE void load(const T* x) {
     const Vector* v = reinterpret_cast<const Vector*>(x);
     a = v[0], b = v[1], c = v[2], d = v[3];
+  }
+  INLINE void load(const T* x, const typename Masks<T>::Mask* mask) {
+    const Vector* v = reinterpret_cast<const Vector*>(x);
+    const Vector nothing = Vector{} + kNothing<T>;
+    a = mask[0] ? v[0] : nothing, b = mask[1] ? v[1] : nothing;
+    c = mask[2] ? v[2] : nothing, d = mask[3] ? v[3] : nothing;
   }
   INLINE void add(const T* x) {
     const Vector* v = reinterpret_cast<const Vector*>(x);
@@ -99,6 +120,19 @@ struct Part {
     } else {
       Part right;
       add_rows<ROWS / 2>(row, first), right.template add_rows<ROWS / 2>(row, first + ROWS / 2);
+      add(right);
+    }
+  }
+
+  // The same of ROWS rows that lie side by side, COUNT of which have terms, the last only where the mask says so.
+  template <int ROWS, int COUNT>
+  INLINE void add_masked(const T* x, const typename Masks<T>::Mask* mask) {
+    if constexpr (ROWS == 1) load(x, mask);
+    else if constexpr (COUNT <= ROWS / 2) add_masked<ROWS / 2, COUNT>(x, mask);
+    else {
+      Part right;
+      add_rows<ROWS / 2>([x](int i) __attribute__((always_inline)) { return x + i * kLanes; });
+      right.template add_masked<ROWS / 2, COUNT - ROWS / 2>(x + ROWS / 2 * kLanes, mask);
       add(right);
     }
   }
@@ -478,12 +512,15 @@ INLINE void swap_in_registers(Acc* from, int64_t stride, const uint32_t (*other)
   }
 }
 
-// sums[g - first] of groups first ... last - 1 of the `count` of one output, of at most TERMS contiguous terms, all of
-// just so many if FULL (below kLanes they must be), of any up to kChunk if TERMS is 0. (groups is a copy, which no store
-// can change.)
+// sums[g - first] of groups first ... last - 1 of one output, of at most TERMS contiguous terms (but of Acc's type more
+// than TERMS - kLanes at most), all of just so many if FULL (of 8 they must be), of any up to kChunk if TERMS is 0. Memory
+// can be read up to `end`. (groups is a copy, which no store can change.)
 template <int TERMS, bool FULL, class T, class Acc>
-INLINE void some_groups(const T* x, const Groups groups, int64_t count, int64_t first, int64_t last, Acc* sums) {
+INLINE void some_groups(const T* x, const Groups groups, int64_t first, int64_t last, const T* end, Acc* sums) {
   using Ones = Halving<Acc>;
+  constexpr bool kMasked = !FULL && TERMS > 0 && std::is_same_v<T, Acc>;
+  constexpr int kCount = std::max(1, TERMS / kLanes);   // rows
+  const Masks<Acc> mask(groups.size - (kCount - 1) * kLanes), longer(groups.size + 1 - (kCount - 1) * kLanes);
   constexpr int kWide = Ones::kWide;
   x += groups[first].begin;
   const auto next = [&](int64_t g) __attribute__((always_inline)) {
@@ -491,8 +528,30 @@ INLINE void some_groups(const T* x, const Groups groups, int64_t count, int64_t 
     const int64_t n = FULL ? TERMS : groups[g].size;
     const T* terms = x;
     x += n;
-    const bool more = g + 1 < count && groups.size >= 8;
-    if constexpr (TERMS == 0) {
+    if constexpr (kMasked) {
+      const auto sum = [&](const T* terms) __attribute__((always_inline)) {
+        constexpr int kRowsOf = kCount <= 1 ? 1 : kCount <= 2 ? 2 : kCount <= 4 ? 4 : 8;
+        const auto masks = (g < groups.longer ? longer : mask).vector;
+        Part<T> some;
+        if constexpr (TERMS == 16 && Ones::kWide == 8) {
+          const auto v = reinterpret_cast<const typename Ones::Vector*>(terms);
+          const auto nothing = typename Ones::Vector{} + kNothing<T>;
+          return (masks[0] ? v[0] : nothing) + (masks[1] ? v[1] : nothing);
+        } else if constexpr (Ones::kWide == 4 && TERMS > 16) {
+          Part<T> upper;
+          some.template add_masked<kRowsOf, kCount>(terms, masks);
+          upper.template add_masked<kRowsOf, kCount>(terms + kLanes / 2, masks + 4);
+          some.add(upper);
+        } else {
+          some.template add_masked<kRowsOf, kCount>(terms, masks);
+        }
+        return Ones::to_vector(some);
+      };
+      if (terms + kCount * kLanes <= end) return sum(terms);
+      alignas(64) T copy[kCount * kLanes] = {};
+      std::copy_n(terms, n, copy);
+      return sum(copy);
+    } else if constexpr (TERMS == 0) {
       alignas(64) Acc waiting[kLevels + 1][kLanes];
       return Ones::to_vector(contiguous_blocks(terms, n, waiting));
     } else if constexpr (TERMS < kLanes) {
@@ -501,19 +560,19 @@ INLINE void some_groups(const T* x, const Groups groups, int64_t count, int64_t 
       else if constexpr (TERMS == 2 * kWide) return v[0] + v[1];
       else return (v[0] + v[2]) + (v[1] + v[3]);
     } else if constexpr (std::is_same_v<T, float>) {   // all lanes fit into the registers
-      return with_rows<kRowsOf>(terms, n, more, [](const auto& row) __attribute__((always_inline)) {
+      return with_rows<kRowsOf>(terms, n, false, [](const auto& row) __attribute__((always_inline)) {
         Part<T> sum;
         sum.template add_rows<kRowsOf>(row);
         return Ones::to_vector(sum);
       });
     } else {
       alignas(64) Acc lanes[kLanes];
-      contiguous_rows<kRowsOf>(terms, n, lanes, more);
+      contiguous_rows<kRowsOf>(terms, n, lanes, terms + n + 7 <= end);
       return Ones::to_vector(lanes);
     }
   };
   int64_t g = first;
-  for (; (FULL || TERMS == 0) && g + kWide <= last; g += kWide, sums += kWide) {
+  for (; (FULL || TERMS == 0 || kMasked) && g + kWide <= last; g += kWide, sums += kWide) {
     typename Ones::Vector pairs[kWide / 2];
     for (int i = 0; i < kWide / 2; ++i) {
       const typename Ones::Vector left = next(g + 2 * i);
@@ -530,7 +589,7 @@ struct Sum {
   using Acc = typename AccType<T>::type;
   static constexpr int kWide = Halving<Acc>::kWide;   // sums of a vector
   const Reduction& r;
-  const T* x;
+  const T *x, *end;      // of the memory of the terms
   T* out;
   Key key;
   Groups groups;
@@ -547,7 +606,8 @@ struct Sum {
   std::vector<int32_t> order;   // in which the groups of every output are added, unless r.tickets says so
 
   Sum(const Reduction& r, const T* x, T* out)
-      : r(r), x(x), out(out), key{r.seed, r.step, r.op}, groups(r.terms, r.groups),
+      : r(r), x(x), end(x + (r.outer - 1) * r.outer_stride + (r.inner - 1) * r.inner_stride +
+                        (r.terms - 1) * r.term_stride + 1), out(out), key{r.seed, r.step, r.op}, groups(r.terms, r.groups),
         across(r.inner_stride == 1 && r.inner > 1), contiguous(!across && r.term_stride == 1 && !r.rows),
         leaves(next_power_of_two(std::min<int64_t>(kBlock, groups.longest()))),
         lanes(contiguous ? kLanes : leaves.left), order(r.groups) {
@@ -561,7 +621,7 @@ struct Sum {
     tiles = (r.inner + tile - 1) / tile;
     const int64_t bytes = r.terms * int64_t(sizeof(T));
     // Several rows of 256 bytes or more at a time come from memory at a third of its rate. (Half types gain even so.)
-    beside = contiguous && r.terms <= kTransposed && groups.longest() < kLanes &&
+    beside = contiguous && r.terms <= kTransposed && groups.longest() < (std::is_same_v<T, Acc> ? 9 : kLanes) &&
              (sizeof(T) == 2 || bytes < 256 || bytes * r.outputs() <= kCached);
     const bool even = std::is_same_v<T, Acc> && (r.terms == r.groups * 8 || r.terms == r.groups * 16);
     const bool alike = r.order == Order::fixed || (r.order == Order::shuffled && !r.per_output);
@@ -631,13 +691,23 @@ struct Sum {
   template <class Use>
   INLINE void by_length(const Use& use) const {
     const auto call = [&](auto terms) __attribute__((always_inline)) {
-      constexpr bool kFull = std::is_same_v<T, Acc>;   // others are converted first, which takes longer
+      constexpr bool kFull = std::is_same_v<T, float>;   // of others all lanes do not fit into the registers
       if (r.terms == r.groups * terms()) use(terms, std::bool_constant<kFull>());
       else use(terms, std::false_type());
     };
     if constexpr (std::is_same_v<T, Acc>) {
       if (r.terms == r.groups * 8) return use(std::integral_constant<int, 8>(), std::true_type());
       if (r.terms == r.groups * 16) return use(std::integral_constant<int, 16>(), std::true_type());
+    }
+    if constexpr (std::is_same_v<T, Acc>) {
+      const auto masked = [&](auto terms) __attribute__((always_inline)) { use(terms, std::false_type()); };
+      if (groups.longest() <= 16) return masked(std::integral_constant<int, 16>());
+      switch ((groups.longest() + kLanes - 1) / kLanes) {
+        case 3: return masked(std::integral_constant<int, 3 * kLanes>());
+        case 5: return masked(std::integral_constant<int, 5 * kLanes>());
+        case 6: return masked(std::integral_constant<int, 6 * kLanes>());
+        case 7: return masked(std::integral_constant<int, 7 * kLanes>());
+      }
     }
     if (groups.longest() <= 1 * kLanes) call(std::integral_constant<int, 1 * kLanes>());
     else if (groups.longest() <= 2 * kLanes) call(std::integral_constant<int, 2 * kLanes>());
@@ -652,10 +722,10 @@ struct Sum {
       alignas(64) Acc sums[kFew];
       const int64_t count = r.groups, inner = r.inner, stride = r.outer_stride;   // here no store can change them
       const int32_t* const by = order.data();
-      const T* const x = this->x;
+      const T *const x = this->x, *const end = this->end;
       T* const out = this->out;
       for (int64_t output = first; output < last; ++output) {
-        some_groups<most(), full()>(inner == 1 ? x + output * stride : terms_of(output), groups, count, 0, count, sums);
+        some_groups<most(), full()>(inner == 1 ? x + output * stride : terms_of(output), groups, 0, count, end, sums);
         Acc sum = sums[by[0]];
         for (int64_t g = 1; g < count; ++g) sum += sums[by[g]];
         out[output] = T(sum);
@@ -675,7 +745,7 @@ struct Sum {
       for (int w = done; w < p.width; w += kWide) {
         const int outputs = std::min(kWide, p.width - w);
         for (int i = 0; i < outputs; ++i)
-          some_groups<TERMS, FULL>(terms_of(p.output + w + i), groups, r.groups, first, last, sums[i]);
+          some_groups<TERMS, FULL>(terms_of(p.output + w + i), groups, first, last, end, sums[i]);
         Acc* const to = partial + first * kSide + w;
         if (outputs == kWide) transpose(row, last - first, to);
         else
@@ -994,8 +1064,9 @@ struct IndexAdd {
   INLINE void add_some_numbers(int64_t v, int64_t first, int64_t n) const {
     const Groups groups(n, r.groups);
     alignas(64) Acc sums[kFew];
-    if (groups.longest() <= kLanes) some_groups<kLanes, false>(source + first, groups, r.groups, 0, r.groups, sums);
-    else some_groups<0, false>(source + first, groups, r.groups, 0, r.groups, sums);
+    const T* const end = source + r.terms;
+    if (groups.longest() <= kLanes) some_groups<kLanes, false>(source + first, groups, 0, r.groups, end, sums);
+    else some_groups<0, false>(source + first, groups, 0, r.groups, end, sums);
     Acc sum = sums[0];
     for (int64_t g = 1; g < r.groups; ++g) sum += sums[g];
     out[v] = T(Acc(input[v]) + Acc(T(sum)));
