@@ -560,11 +560,9 @@ INLINE void some_groups(const T* x, const Groups groups, int64_t first, int64_t 
       else if constexpr (TERMS == 2 * kWide) return v[0] + v[1];
       else return (v[0] + v[2]) + (v[1] + v[3]);
     } else if constexpr (std::is_same_v<T, float>) {   // all lanes fit into the registers
-      return with_rows<kRowsOf>(terms, n, false, [](const auto& row) __attribute__((always_inline)) {
-        Part<T> sum;
-        sum.template add_rows<kRowsOf>(row);
-        return Ones::to_vector(sum);
-      });
+      Part<T> sum;
+      sum.template add_rows<kRowsOf>([terms](int i) __attribute__((always_inline)) { return terms + i * kLanes; });
+      return Ones::to_vector(sum);
     } else {
       alignas(64) Acc lanes[kLanes];
       contiguous_rows<kRowsOf>(terms, n, lanes, terms + n + 7 <= end);
@@ -623,7 +621,7 @@ struct Sum {
     // Several rows of 256 bytes or more at a time come from memory at a third of its rate. (Half types gain even so.)
     beside = contiguous && r.terms <= kTransposed && groups.longest() < (std::is_same_v<T, Acc> ? 9 : kLanes) &&
              (sizeof(T) == 2 || bytes < 256 || bytes * r.outputs() <= kCached);
-    const bool even = std::is_same_v<T, Acc> && (r.terms == r.groups * 8 || r.terms == r.groups * 16);
+    const bool even = std::is_same_v<T, Acc> && r.terms == r.groups * 8;
     const bool alike = r.order == Order::fixed || (r.order == Order::shuffled && !r.per_output);
     at_once = contiguous && (even || (!beside && groups.longest() > 8)) && groups.longest() <= kChunk &&
               r.groups <= kFew && (r.outputs() >= enough || r.outputs() * r.terms < 2 * kGrain) && alike;
