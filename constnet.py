@@ -223,8 +223,7 @@ def check_arguments(args):
          f"different rows from 1 to {len(TABLE_1)}")
     need(0 <= args.cutout < 1 << 31, "--cutout", args.cutout, "in [0, 2**31)")
     for dataset in args.figure2 or ():
-        need(dataset in common.DATASETS and len(set(args.figure2)) == 2, "--figure2", dataset,
-             f"two of {', '.join(common.DATASETS)}")
+        need(dataset in common.DATASETS, "--figure2", dataset, f"two of {', '.join(common.DATASETS)}")
     need(0 <= args.warmup <= 1, "--warmup", args.warmup, "in [0, 1]")
     for name in ("lr", "weight_decay", "mixup", "prox"):
         value = getattr(args, name)
