@@ -280,12 +280,14 @@ def write_csv(path, rows):
 
 def read_csv(path, text):
     """The rows of such a CSV. The columns that text names are strings, all others int, float, or None where empty.
-    Raises ValueError where a row is cut."""
+    Raises ValueError where a row is cut or there is none."""
     def value(field):
         return None if field == "" else int(field) if field.lstrip("-").isdecimal() else float(field)
 
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
+    if not rows:
+        raise ValueError(f"{path} is empty")
     if any(None in row or None in row.values() for row in rows):
         raise ValueError(f"{path} has a row of another length than its head")
     return [{key: field if key in text else value(field) for key, field in row.items()} for row in rows]

@@ -467,8 +467,6 @@ def report(directory):
                     for name in ("metrics.csv", "layers.csv"))
     config = json.loads((directory / "config.json").read_text())["arguments"]
     summary = json.loads((directory / "summary.json").read_text())
-    if not rows or not layers:
-        raise ValueError("its metrics.csv or layers.csv is empty")
     draw_figures(rows, layers, config, directory)
 
     def between(row):

@@ -67,7 +67,7 @@ INLINE void add_rows(int rows, const T* const (&row)[kRows], int width, Acc* sum
   }
 }
 
-// Which of the 32 lanes hold terms, where n terms are left for them. (LANES: 16 where no more can be.)
+// Which of the 32 lanes hold terms, where n terms are left for them.
 template <class T>
 struct Masks {
   using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
@@ -530,7 +530,7 @@ INLINE void some_groups(const T* x, const Groups groups, int64_t first, int64_t 
     x += n;
     if constexpr (kMasked) {
       const auto sum = [&](const T* terms) __attribute__((always_inline)) {
-        constexpr int kRowsOf = kCount <= 1 ? 1 : kCount <= 2 ? 2 : kCount <= 4 ? 4 : 8;
+        constexpr int kLeaves = int(std::bit_ceil(unsigned(kCount)));   // of the tree over rows
         const auto masks = (g < groups.longer ? longer : mask).vector;
         Part<T> some;
         if constexpr (TERMS == 16 && Ones::kWide == 8) {
@@ -539,11 +539,11 @@ INLINE void some_groups(const T* x, const Groups groups, int64_t first, int64_t 
           return (masks[0] ? v[0] : nothing) + (masks[1] ? v[1] : nothing);
         } else if constexpr (Ones::kWide == 4 && TERMS > 16) {
           Part<T> upper;
-          some.template add_masked<kRowsOf, kCount>(terms, masks);
-          upper.template add_masked<kRowsOf, kCount>(terms + kLanes / 2, masks + 4);
+          some.template add_masked<kLeaves, kCount>(terms, masks);
+          upper.template add_masked<kLeaves, kCount>(terms + kLanes / 2, masks + 4);
           some.add(upper);
         } else {
-          some.template add_masked<kRowsOf, kCount>(terms, masks);
+          some.template add_masked<kLeaves, kCount>(terms, masks);
         }
         return Ones::to_vector(some);
       };
@@ -604,8 +604,8 @@ struct Sum {
   std::vector<int32_t> order;   // in which the groups of every output are added, unless r.tickets says so
 
   Sum(const Reduction& r, const T* x, T* out)
-      : r(r), x(x), end(x + (r.outer - 1) * r.outer_stride + (r.inner - 1) * r.inner_stride +
-                        (r.terms - 1) * r.term_stride + 1), out(out), key{r.seed, r.step, r.op}, groups(r.terms, r.groups),
+      : r(r), x(x), end(x + r.first_term(r.outputs() - 1) + (r.terms - 1) * r.term_stride + 1), out(out),
+        key{r.seed, r.step, r.op}, groups(r.terms, r.groups),
         across(r.inner_stride == 1 && r.inner > 1), contiguous(!across && r.term_stride == 1 && !r.rows),
         leaves(next_power_of_two(std::min<int64_t>(kBlock, groups.longest()))),
         lanes(contiguous ? kLanes : leaves.left), order(r.groups) {
@@ -696,8 +696,6 @@ struct Sum {
     if constexpr (std::is_same_v<T, Acc>) {
       if (r.terms == r.groups * 8) return use(std::integral_constant<int, 8>(), std::true_type());
       if (r.terms == r.groups * 16) return use(std::integral_constant<int, 16>(), std::true_type());
-    }
-    if constexpr (std::is_same_v<T, Acc>) {
       const auto masked = [&](auto terms) __attribute__((always_inline)) { use(terms, std::false_type()); };
       if (groups.longest() <= 16) return masked(std::integral_constant<int, 16>());
       switch ((groups.longest() + kLanes - 1) / kLanes) {

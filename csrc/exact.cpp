@@ -365,7 +365,8 @@ struct Rounding {
     FourFloats floats[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       if constexpr (kDouble) {
-        *reinterpret_cast<FourDoubles*>(out + 4 * v) = errors[v] == 0 ? sum[v] : sum[v] + errors[v];   // -0.0 + 0 is not -0.0
+        const Doubles whole = errors[v] == 0 ? sum[v] : sum[v] + errors[v];   // -0.0 + 0 is not -0.0
+        *reinterpret_cast<FourDoubles*>(out + 4 * v) = whole;
       } else {
         const Doubles near = std::is_same_v<T, A> ? sum[v] : cut(sum[v]);
         floats[v] = __builtin_convertvector(near, FourFloats);
