@@ -939,12 +939,14 @@ def train(args, name, seed, data, out):
     seconds += time.perf_counter() - started
     save_weights(out / f"{run}.pt")
     tested = [row for row in rows if "test_accuracy" in row][-1]
+    train_loss = tested["epoch_train_loss"]
     summary = {"arm": name, "order": args.order, "splits": args.splits, "scope": args.order_scope,
                "dropout": args.dropout, "init": args.layer_init if args.arch == "leakynet" else args.init, "seed": seed,
                "dataset": args.dataset, "epochs": args.epochs, "steps": step, "test_accuracy": tested["test_accuracy"],
-               "train_loss": tested.get("epoch_train_loss"), "diverged": diverged, "nonzero": tested["nonzero"],
-               "active": tested["active"], "symmetry": symmetry.summary(step), "weights_sha256": weights_sha256(model),
-               "wall_seconds": round(seconds, 2), "images_per_second": round((step - first) * batch / seconds, 1)}
+               "train_loss": train_loss if math.isfinite(train_loss) else None, "diverged": diverged,
+               "nonzero": tested["nonzero"], "active": tested["active"], "symmetry": symmetry.summary(step),
+               "weights_sha256": weights_sha256(model), "wall_seconds": round(seconds, 2),
+               "images_per_second": round((step - first) * batch / seconds, 1)}
     return {"summary": summary, "rows": rows}
 
 

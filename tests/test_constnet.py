@@ -281,6 +281,8 @@ def test_divergence_keeps_the_metrics(tmp_path, run):
     done = run("constnet.py", *QUICK, "--lr", 1e30, "--out", tmp_path / "a")
     assert done.returncode == 3 and "not finite" in done.stderr and "Traceback" not in done.stderr
     assert len((tmp_path / "a" / "metrics.csv").read_text().splitlines()) > 2
+    text = (tmp_path / "a" / "summary.json").read_text()
+    json.loads(text, parse_constant=pytest.fail)   # NaN and Infinity are not JSON, which other programs refuse
 
 
 def test_divergence_in_the_last_step_is_noticed(tmp_path, run):
