@@ -178,7 +178,7 @@ def parse_arguments(argv, more=()):
     group.add_argument("--rewind", type=int, default=0, metavar="STEP",
                        help="of --prune: the step of the first training that the second starts from; default: 0")
 
-    common.add_files(parser, "constnet/DATASET", "to the same bits; finished arms are kept")
+    common.add_files(parser, "constnet/DATASET, of a study DATASET-STUDY", "to the same bits; finished arms are kept")
     args = parser.parse_args([*argv, *more])
     args.seed = args.seed or ([] if args.resume else [0])
     args.arch = "leakynet" if args.leakynet_study else args.arch
@@ -260,7 +260,7 @@ def study_of(args):
 
 def default_directory(args):
     study = study_of(args)
-    return f"runs/constnet/{args.dataset}{study and '-' + study}"
+    return f"runs/constnet/{'-'.join(args.figure2 or [args.dataset])}{study and '-' + study}"
 
 
 # -------------------------------------------------------------------------------------------------------- the networks
@@ -980,7 +980,7 @@ def signal_propagation(args, name, seed, data):
 
 
 def print_table(summary):
-    """One line per arm, then the distinct filters of every layer."""
+    """One line per arm, then, of at most six, the distinct filters of every layer."""
     wide = max(10, *(len(arm["arm"]) + 1 for arm in summary))
     print(f"\n{'arm':<{wide}}{'seed':>5}{'test accuracy':>15}{'train loss':>12}{'not zero':>10}"
           f"{'channels differ from':>22}{'seconds':>9}")
@@ -1204,7 +1204,11 @@ def main(argv=None):
     study = study_of(args)
     # Whose number has a say in the bits: that of torchrun's processes that train one arm together.
     args.nproc_per_node = common.PROCESSES if common.PROCESSES > 1 and not study and not args.shards else None
-    out = common.start_run(args, default_directory(args), may_differ=joined)
+    recorded = args
+    if args.figure2:   # each data set has its own recipe
+        each = {name: {arm.dataset: getattr(arm, name) for arm in todo.values()} for name in SMALL}
+        recorded = argparse.Namespace(**{**vars(args), "dataset": args.figure2, **each})
+    out = common.start_run(recorded, default_directory(args), may_differ=joined)
     try:
         if args.signal:
             found = common.work({f"{name}-{seed}": (arm, name, seed, load(arm.dataset))

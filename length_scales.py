@@ -11,7 +11,7 @@ the length grows with the sum of the scales eta. A network whose lengths are far
     python length_scales.py --parts lengths          # Figure 1a alone, no training: half a minute
 
 Draws and seeds are batched. Every run writes config.json, metrics.csv (a row per part, setting, depth and quantity),
-summary.json, figure1.png, figure2.png and fm2.png.
+summary.json, and of the parts it has figure1.png, figure2.png and fm2.png.
 Exit status: 0 done, 2 bad input, 130 interrupted (finished parts are kept).
 """
 

@@ -7,10 +7,10 @@ the other; audits the blocks of a Constnet of width 10, and trains the README's 
     python bench/gpu.py [--out results/gpu]        # 8 minutes at most: what comes too late is skipped
     python bench/gpu.py --only training compiled   # what was skipped; the step under torch.compile, some minutes more
 
-Writes gpu.json and gpu.md there after every part, and constnet/ (the training); what was skipped stands in both, with
-the reason. --only runs some parts and keeps the others' numbers. Reach: sum fixed at least 0.9 of the bandwidth of a
-copy at 2^28 float32, exact at least 0.5 of fixed's throughput, index_add fixed at most 2 times PyTorch's atomic one, a
-step fixed or shuffled at most 1.10 times native's. Exit status 2: no CUDA device.
+Writes gpu.json and gpu.md there after every part; what was skipped stands in both, with the reason. --only runs some
+parts and keeps the others' numbers. Reach: sum fixed at least 0.9 of the bandwidth of a copy at 2^28 float32, exact at
+least 0.5 of fixed's throughput, index_add fixed at most 2 times PyTorch's atomic one, a step fixed or shuffled at most
+1.10 times native's. Exit status 2: no CUDA device.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import torch
@@ -317,18 +318,16 @@ def grid(device, seeds=30):
              "share_of_matrix_rate": seeds * operations / together / rate}]
 
 
-def training(out, *more):
+def training(device, *more):
     """The first command of the README, and whether fixed and shuffled repeat bit for bit."""
     def run(folder, *arguments):
-        shutil.rmtree(folder, ignore_errors=True)
-        status, lines = shell(sys.executable, "constnet.py", *more, *arguments, "--out", str(folder), seconds=150)
-        return json.loads((folder / "summary.json").read_text()) if status == 0 else lines
+        status, lines = shell(sys.executable, "constnet.py", "--device", device, *more, *arguments, "--out", folder,
+                              seconds=150)
+        return json.loads(pathlib.Path(folder, "summary.json").read_text()) if status == 0 else lines
 
-    found = run(out / "constnet", "--order", "native", "fixed", "shuffled", "atomic")
-    again = run(out / "again", "--order", "fixed", "shuffled")
-    shutil.rmtree(out / "again", ignore_errors=True)
-    for weights in (out / "constnet").glob("*.pt"):
-        weights.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        found = run(f"{folder}/run", "--order", "native", "fixed", "shuffled", "atomic")
+        again = run(f"{folder}/again", "--order", "fixed", "shuffled")
     if not found or not isinstance(found[0], dict) or not isinstance(again[0], dict):
         return {"skipped": f"it failed: {[run for run in (found, again) if not run or isinstance(run[0], str)]}"}
     shas = {arm["order"]: arm["weights_sha256"] for arm in again}
@@ -384,8 +383,7 @@ def main():
                 missing = None if ordered_reduce.cuda_built() else "ordered_reduce has no CUDA kernels"
             except ImportError as error:
                 missing = str(error)
-            result[name] = ({"skipped": missing} if missing else
-                            part(args.out.resolve()) if part is training else part("cuda"))
+            result[name] = {"skipped": missing} if missing else part("cuda")
         torch.use_deterministic_algorithms(False)   # what network() has set
         torch.backends.cudnn.deterministic = False
         print(f"{name}: {time.perf_counter() - started:.0f} seconds", flush=True)

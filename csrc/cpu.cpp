@@ -96,7 +96,7 @@ struct Part {
   }
   INLINE void load(const T* x, const typename Masks<T>::Mask* mask) {
     const Vector* v = reinterpret_cast<const Vector*>(x);
-    const Vector nothing = Vector{} + kNothing<T>;
+    const Vector nothing = -Vector{};   // of +0.0, to which adding -0.0 leads back
     a = mask[0] ? v[0] : nothing, b = mask[1] ? v[1] : nothing;
     c = mask[2] ? v[2] : nothing, d = mask[3] ? v[3] : nothing;
   }
@@ -253,6 +253,13 @@ struct Halving {
   }
 };
 
+// fetch_add, which macOS's library lacked for long.
+template <class Acc>
+INLINE void add_racing(std::atomic<Acc>& sum, Acc term) {
+  Acc before = sum.load(std::memory_order_relaxed);
+  while (!sum.compare_exchange_weak(before, before + term, std::memory_order_relaxed)) {}
+}
+
 template <class Acc>
 INLINE Acc add_lanes(const Acc* lanes) {
   return Halving<Acc>::to_one(Halving<Acc>::to_vector(lanes));
@@ -270,7 +277,7 @@ INLINE void transpose(const T* const (&row)[32 / sizeof(T)], int64_t n, T* to) {
   }
   for (int64_t t = 0; t < n; t += kWide) {
     const int64_t at = std::min(t, n - kWide);   // the last square overlaps the one before
-    Vector v[kWide], w[kWide];
+    alignas(32) Vector v[kWide], w[kWide];
     for (int i = 0; i < kWide; ++i) v[i] = *reinterpret_cast<const Vector*>(row[i] + at);
     if constexpr (kWide == 8) {
       for (int i = 0; i < 8; i += 2) {
@@ -365,8 +372,8 @@ INLINE void add_short_groups(const Terms<T>& x, const Groups groups, int64_t cou
                              Acc* sum) {
   const Leaves leaves(GROUP);
   std::fill_n(sum, width, kNothing<Acc>);
+  const T* row[kRows] = {};
   for (int64_t g = 0; g < count;) {
-    const T* row[kRows];
     int rows = 0;
     for (; rows < kRows && g < count; ++g) {
       const Group group = groups[by ? by[g] : g];
@@ -535,7 +542,7 @@ INLINE void some_groups(const T* x, const Groups groups, int64_t first, int64_t 
         Part<T> some;
         if constexpr (TERMS == 16 && Ones::kWide == 8) {
           const auto v = reinterpret_cast<const typename Ones::Vector*>(terms);
-          const auto nothing = typename Ones::Vector{} + kNothing<T>;
+          const auto nothing = -typename Ones::Vector{};
           return (masks[0] ? v[0] : nothing) + (masks[1] ? v[1] : nothing);
         } else if constexpr (Ones::kWide == 4 && TERMS > 16) {
           Part<T> upper;
@@ -978,7 +985,7 @@ struct Sum {
       for (int64_t job; (job = ticket.fetch_add(1, std::memory_order_relaxed)) < stretches * r.groups;) {
         const int64_t g = job % r.groups, first = job / r.groups * stretch;
         for (int64_t o = first; o < std::min(outputs, first + stretch); ++o) {
-          sums[o].fetch_add(partials[g * outputs + o], std::memory_order_relaxed);
+          add_racing(sums[o], partials[g * outputs + o]);
         }
       }
     });
@@ -1120,7 +1127,7 @@ struct IndexAdd {
         const Group group = Groups(s.start[k + 1] - s.start[k], groups[k + 1] - groups[k])[job - groups[k]];
         const int64_t first = s.start[k] + group.begin;
         const auto add = [&](int64_t i, Acc term) {
-          sums[k * r.inner + i].fetch_add(term, std::memory_order_relaxed);
+          add_racing(sums[k * r.inner + i], term);
         };
         if (group.size == 1) {
           for (int64_t i = 0; i < r.inner; ++i) add(i, Acc(row(first)[i]));

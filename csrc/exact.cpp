@@ -373,8 +373,10 @@ struct Rounding {
         if constexpr (!std::is_same_v<T, A>) sure &= (sum[v] == sum[v]) & ((size(near) >= kNormal) | (near == 0));
       }
     }
-    if constexpr (std::is_same_v<T, float>) std::copy_n(floats, kVectors, reinterpret_cast<FourFloats*>(out));
-    else if constexpr (!kDouble) store_eight(floats[0], floats[1], out);
+    if constexpr (std::is_same_v<T, float>)
+      for (int v = 0; v < kVectors; ++v) reinterpret_cast<FourFloats*>(out)[v] = floats[v];   // std::copy_n would align
+    else if constexpr (!kDouble)
+      store_eight(floats[0], floats[1], out);
     return every(sure);
   }
 
@@ -588,7 +590,7 @@ struct ExactSum {
     Place sums = {};
     for (int w = 0; w < outputs; w += 4) {   // four at a time, whose lanes are then added up side by side
       Doubles hi[4], lo[4];
-      FourWords most[4], least[4];
+      alignas(16) FourWords most[4], least[4];
       for (int o = 0; o < 4; ++o) {
         const int64_t one = output + std::min(w + o, outputs - 1);
         const T* const first = terms_of(one);

@@ -133,7 +133,7 @@ struct Exact {
     uint64_t significand = bits & ((uint64_t{1} << 52) - 1);
     const bool negative = bits >> 63;
     if (exponent == 0x7FF) return kNotMinusZero | (significand ? kNan : negative ? kNegativeInfinite : kInfinite);
-    if (exponent == 0 && significand == 0) return negative ? 0 : kNotMinusZero;
+    if (exponent == 0 && significand == 0) return negative ? 0u : uint32_t{kNotMinusZero};
     if (exponent) significand |= uint64_t{1} << 52;
     const int weight = exponent ? exponent - 1 : 0, k = weight / 32, shift = weight % 32;
     const int64_t part[3] = {int64_t(significand << shift & 0xFFFFFFFF),

@@ -88,4 +88,5 @@ class Build(BuildExtension):
             pass
 
 
-setup(ext_modules=[extension], cmdclass={"build_ext": Build})
+# The file is for CPython 3.10 and later (torch.utils.cpp_extension's choice), and so is a wheel that holds it.
+setup(ext_modules=[extension], cmdclass={"build_ext": Build}, options={"bdist_wheel": {"py_limited_api": "cp310"}})

@@ -96,6 +96,12 @@ def test_leaves_the_model_as_it_was(device):
     assert dropout["repeats"] == "yes" and dropout["equal channels"] == "no"   # seeded; and what the paper says of it
 
 
+def test_takes_a_mapping_that_is_no_dict():
+    x = torch.randn(4, 16)
+    report = ordered_reduce.audit(nn.Bilinear(16, 16, 2), collections.UserDict(input1=x, input2=x))
+    assert {row["pass"] for row in report} >= {"forward", "gradient of weight"}
+
+
 def test_takes_sequences_and_several_inputs(device):
     class Model(nn.Module):
         def __init__(self):

@@ -615,6 +615,23 @@ def test_figure_2_has_both_starts_on_both_data_sets(tmp_path, run):
     assert (tmp_path / "a" / "figure2.png").exists()
 
 
+def test_figure_2_records_each_data_sets_recipe(tmp_path, monkeypatch):
+    digits, trained = constnet.common.load_data("digits", ""), {}
+
+    def train(args, name, *_):
+        trained[name] = args.lr
+        return {"summary": {"arm": name, "active": 1, "diverged": False}, "rows": [{"arm": name}]}
+
+    monkeypatch.setattr(constnet.common, "load_data", lambda *_: digits)
+    monkeypatch.setattr(constnet, "train", train)
+    monkeypatch.setattr(constnet, "report", lambda directory: None)
+    monkeypatch.chdir(tmp_path)
+    assert constnet.main(["--figure2", "mnist", "fashion-mnist", "--device", "cpu"]) == 0
+    config = json.loads((tmp_path / "runs/constnet/mnist-fashion-mnist-figure2/config.json").read_text())["arguments"]
+    assert config["dataset"] == ["mnist", "fashion-mnist"] and config["lr"] == {"mnist": 0.1, "fashion-mnist": 0.05}
+    assert trained == {f"{name}-{start}": lr for name, lr in config["lr"].items() for start in constnet.STARTS}
+
+
 def test_two_processes_train_as_one(tmp_path, run):
     """Without batch norm the mean of two halves' gradients is the whole batch's: the same training but for rounding."""
     arguments = (*QUICK, "--device", "cpu", "--order", "fixed", "--init", "ab", "--norm", "fixup", "--lr", 0.05)

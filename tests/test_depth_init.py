@@ -139,6 +139,13 @@ def test_quantiles_are_of_all_images():
 # -------------------------------------------------------------------------------------------------------------- training
 
 
+def test_black_images():
+    args = arguments("--layers", 2, "--seeds", 1, "--epochs", 1, "--batch-size", 8)
+    images, labels = torch.zeros(16, 1, 8, 8, dtype=torch.uint8), torch.arange(16) % 10
+    rows = depth_init.train(args, depth_init.Arm("he normal", "unit", 1.0, "off"), 0.001, (images, labels, images, labels, 10))[0]
+    assert all(np.isfinite(row["test_loss"]) for row in rows)
+
+
 @pytest.mark.parametrize("network,activation,norm", [("fc", "relu", "off"), ("fc", "tanh", "on"), ("conv", "relu", "on")])
 def test_a_seed_trains_as_a_network_of_its_own(network, activation, norm):
     """The batched model against nn.Sequential with the same weights, two steps of SGD."""

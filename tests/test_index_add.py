@@ -156,6 +156,10 @@ def test_a_row_without_terms_and_special_values(device):
     for order in ORDERS:
         got = ordered_reduce.index_add(input, 0, index, torch.tensor([[inf, -0.0], [-inf, 1.0]], device=device), order=order)
         assert same_bits(got[0], input[0]) and got[1, 0].isnan() and got[1, 1] == 4
+    zeros = torch.full((100,), -0.0, device=device)   # add up to a negative one
+    for order in ("fixed", "shuffled", "exact"):
+        assert same_bits(ordered_reduce.index_add(zeros[:1], 0, torch.zeros_like(zeros, dtype=torch.long), zeros, order=order),
+                         zeros[:1])
 
 
 def test_atomic_races_over_the_groups_of_a_row(device):

@@ -497,15 +497,34 @@ def test_shapes_that_pytorch_takes():
     assert weight.grad.shape == (3, 0)
 
 
+@pytest.mark.parametrize("layer,shape", [
+    (nn.Linear(4, 6), (5, 4)), (nn.Linear(4, 6), (5, 3, 4)), (nn.Linear(4, 6), (4,)), (nn.Linear(4, 6, bias=False), (5, 3, 4)),
+    (nn.Conv2d(4, 6, 3), (5, 4, 7, 7)), (nn.Conv2d(4, 6, 1, bias=False), (4, 7, 7)), (nn.Embedding(4, 6), (5, 3))], ids=str)
+def test_an_output_can_be_changed_in_place(layer, shape):
+    gradients, x = [], torch.randint(4, shape) if isinstance(layer, nn.Embedding) else torch.randn(shape)
+    for order in ("native", "fixed"):
+        ordered_reduce.convert(layer, order)
+        out = layer(x)
+        out += 0.5
+        gradients.append(torch.autograd.grad(out.relu_().square().sum(), tuple(layer.parameters())))
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("arguments,named", [
     (dict(order="sorted"), "order.*'sorted'"), (dict(splits=0), "splits.*0"), (dict(scope="all"), "scope.*'all'"),
-    (dict(layers="conv*"), r"'conv\*'.*0, 2, 3, 7"), (dict(layers=[]), "layers"), (dict(steps=(3, 3)), r"steps.*\(3, 3\)"),
+    (dict(layers="conv*"), r"'conv\*'.*0, 2, 3, 7"), (dict(layers=[]), "layers.*empty"), (dict(steps=(3, 3)), r"steps.*\(3, 3\)"),
     (dict(steps=(-1, 3)), "steps"), (dict(steps=(1,)), r"steps.*\(1,\)"), (dict(steps=5), "steps.*5"),
     (dict(layers=["0", "head"]), "'head'.*0, 2, 3, 7"), (dict(seed=1 << 63), "seed"),
 ], ids=str)
 def test_convert_errors(arguments, named):
     with pytest.raises(ValueError, match=named):
         ordered_reduce.convert(network(), **arguments)
+
+
+@pytest.mark.parametrize("layers", [None, 3, ["0", 3]])
+def test_layers_are_strings(layers):
+    with pytest.raises(TypeError, match="layers must be"):
+        ordered_reduce.convert(network(), layers=layers)
 
 
 def test_numbers_of_numpy_and_a_bias_to_broadcast():
@@ -560,4 +579,10 @@ def test_linear_by_keyword_and_what_has_no_batch_to_cut():
     ordered_reduce.convert(layer, "shuffled")
     for one in (plain, layer):
         one(input=x).square().sum().backward()
+    assert torch.equal(plain.weight.grad, layer.weight.grad)
+    plain, x = nn.Embedding(5, 4), torch.nested.nested_tensor([torch.tensor([1, 2]), torch.tensor([3])], layout=torch.jagged)
+    layer = copy.deepcopy(plain)
+    ordered_reduce.convert(layer, "shuffled")
+    for one in (plain, layer):
+        one(x).values().square().sum().backward()
     assert torch.equal(plain.weight.grad, layer.weight.grad)

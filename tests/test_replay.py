@@ -207,6 +207,15 @@ def test_a_window_of_steps_is_all_that_is_recorded(device, path):
         assert same_bits(train(device, 4, layers=["0", "2"], window=(1, 3)), weights)
 
 
+def test_a_model_without_memory_has_no_tickets(path):
+    with torch.device("meta"):
+        layer = torch.nn.Linear(4, 3)
+        ordered_reduce.convert(layer, "arrival")
+        with ordered_reduce.record(path):
+            layer(torch.randn(5, 4)).sum().backward()
+    assert layer.weight.grad.shape == (3, 4) and layer.weight.grad.is_meta
+
+
 def test_embeddings_are_refused():
     model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Linear(3, 2))
     with pytest.raises(ValueError, match="order='arrival' is not for embeddings.* 0"):

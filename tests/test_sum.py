@@ -242,6 +242,17 @@ def test_special_values(device, order):
         assert total(1e-45, 1e-45, 1e-45) == 3 * 2.0**-149
 
 
+@pytest.mark.parametrize("order", ["fixed", "shuffled", "exact"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_negative_zeros_add_up_to_one(device, dtype, order):
+    """Of any number: what fills up vectors must not be a positive zero."""
+    for terms in range(1, 2100, 1 if device == "cpu" else 13):
+        x = torch.full((2, terms), -0.0, dtype=dtype, device=device)
+        sums = [ordered_reduce.sum(x, 1, order=order), ordered_reduce.sum(x[0], order=order),
+                ordered_reduce.sum(x.t().contiguous(), 0, order=order)]
+        assert all(torch.signbit(s).all() for s in sums), terms
+
+
 def test_empty_shapes(device):
     assert torch.equal(ordered_reduce.sum(torch.ones(2, 3, device=device), []), torch.tensor(6.0, device=device))
     for shape, dim in [((0,), None), ((0, 3), 0), ((0, 3), 1), ((3, 0, 2), (0, 1)), ((2, 0), 1)]:

@@ -17,7 +17,7 @@ import functools
 import math
 import numbers
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -345,7 +345,7 @@ def audit(model, input, *, device=None, seed=0, repeats=REPEATS):
     Args:
       model: nn.Module. It is left as it was, since a copy is run (the model itself only where Python cannot copy it,
         with other parameters and buffers: what else it keeps from a call stays then).
-      input: its input; a tuple for several positional arguments, a dict for keyword arguments. It is not written to,
+      input: its input; a tuple for several positional arguments, a mapping for keyword arguments. It is not written to,
         but for tensors in objects that PyTorch's pytrees do not see into.
         The first dimension is the samples (the second where a module has batch_first=False), the second the channels
         (the last for linear layers, layer norms, embeddings, attention, and three-dimensional tensors that are not a
@@ -379,7 +379,9 @@ def audit(model, input, *, device=None, seed=0, repeats=REPEATS):
         raise ValueError(f"model must be what was scripted or is held in .module; got a {type(model).__name__}")
     if not isinstance(repeats, numbers.Integral) or repeats < 2:
         raise ValueError(f"repeats must be an integer of at least 2; got {repeats!r}")
-    args, kwargs = ((), input) if isinstance(input, dict) else (input if type(input) is tuple else (input,), {})
+    args, kwargs = (input if type(input) is tuple else (input,)), {}
+    if isinstance(input, Mapping):
+        args, kwargs = (), dict(input)
     model = _copied(model) if device is None else _copy(model).to(device)
     if device is not None:
         args, kwargs = each_once(lambda t: t.to(device), (args, kwargs))

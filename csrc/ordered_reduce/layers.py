@@ -307,7 +307,7 @@ class _Linear(torch.autograd.Function):
         of_x, of_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if of_weight else None, weight if of_x else None)   # what backward needs, as PyTorch
         ctx.order, ctx.used, ctx.dtype, ctx.bias_dtype = order, used, weight.dtype, None if bias is None else bias.dtype
-        return F.linear(x, weight.to(used), bias)
+        return F.linear(x, weight.to(used), bias).detach()   # it may be a view, which could not be changed in place
 
     @staticmethod
     def backward(ctx, grad):
@@ -398,11 +398,11 @@ def embedding(input, weight, padding_idx=None, *, order="fixed", splits=8, seed=
     """torch.nn.functional.embedding with the gradient of weight added up in the given order, by `index_add`.
 
     input is int64 or int32 of any shape, weight (rows, width); the output is input.shape + (width,). The gradient of
-    row padding_idx is 0. The order arguments are those of `ordered_reduce.sum`; order="native" is PyTorch's own. Errors
-    are PyTorch's; a wrong order argument raises ValueError.
+    row padding_idx is 0. The order arguments are those of `ordered_reduce.sum`; order="native" is PyTorch's own, and
+    nested input gets that in any order. Errors are PyTorch's; a wrong order argument raises ValueError.
     """
     check_order(order, splits, seed, op, scope, (*ORDERS, "native"))
-    if order == "native" or weight.numel() == 0:   # nothing to add
+    if order == "native" or weight.numel() == 0 or input.is_nested:   # nothing to add, or nothing that index_add takes
         return F.embedding(input, weight, padding_idx)
     check_tensor("embedding", "weight", weight)
     if padding_idx is not None:
@@ -456,7 +456,7 @@ class Policy:
 
     Attributes: order, splits, seed, scope, steps, noise, ulps, flips, bit as given to `convert`; layers, the names of
     the converted layers; count, the optimizer steps so far; now and noise_now, the order and noise in force at this
-    step.
+    step. A copy of the model (copy.deepcopy, torch.load of a whole model) has its own: the `policy` of its layers.
     """
 
     def __init__(self, order="fixed", splits=8, seed=0, scope="output", steps=None, noise=None, ulps=1.0, flips=1.0,
@@ -523,10 +523,10 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     A layer that is called several times in a step draws the same order every time. The partial gradients are PyTorch's,
     on a GPU by those of cuDNN's kernels that repeat (in compiled code only under
     torch.use_deterministic_algorithms(True), which the other operations of a GPU need in any case). torch.compile takes
-    a converted model, torch.export for its outputs alone: the gradients of an exported program are PyTorch's own.
-    torch.func's transforms, forward-mode derivatives, tensor parallelism and the saving of torch.jit.trace take one in
-    order "native" alone (the transforms without noise); torch.fx and torch.jit.script do not, and dynamic quantization
-    passes over its linear layers.
+    a converted model, torch.export for its outputs alone: the gradients of an exported program are PyTorch's own, with
+    strict=True it has none. torch.func's transforms, forward-mode derivatives, tensor parallelism and the saving of
+    torch.jit.trace take one in order "native" alone (the transforms without noise); torch.fx and torch.jit.script do
+    not, dynamic quantization passes over its linear layers, FlopCounterMode over the gradients of its convolutions.
 
     Under autocast to bfloat16 the order makes little noise, and that does not grow: partial gradients of 8 bits are
     mostly added exactly in float32, in whatever order, and the forward pass rounds small differences of weights away.
@@ -540,7 +540,9 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     Args:
       model: any nn.Module. Subclasses of these layers, parametrized layers among them, are left alone, for they may
         compute something else; so are lazy layers that have not seen a batch, weights that no such layer applies (in
-        attention, recurrent layers), and embeddings with max_norm, scale_grad_by_freq or sparse.
+        attention, recurrent layers), and embeddings with max_norm, scale_grad_by_freq or sparse. A layer that the
+        model does not call, but whose weight it hands to a function (as torchvision's Swin does in its attention, and
+        weight tying may), is converted to no effect.
       order: "fixed", "shuffled", "atomic", "exact" (but for embeddings, of partial gradients that are rounded),
         "arrival" (not for embeddings) or "native" (PyTorch's own gradient).
       splits, seed, scope: as in `ordered_reduce.sum`; a batch smaller than splits makes fewer groups.
@@ -555,7 +557,11 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     pattern matches no layer, TypeError for splits or a seed that is no integer and layers that are no strings.
     """
     policy = Policy(order, splits, seed, scope, steps, noise, ulps, flips, bit)
-    patterns = [layers] if isinstance(layers, str) else list(layers)
+    patterns = [layers] if isinstance(layers, str) or not hasattr(layers, "__iter__") else list(layers)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"layers must be a glob pattern or a list of them; got {layers!r}")
+    if not patterns:
+        raise ValueError("layers names no layer: the list is empty")
 
     def match(names, pattern):
         return any(fnmatch.fnmatchcase(name, pattern) for name in names)
@@ -564,7 +570,7 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     for name, module in model.named_modules(remove_duplicate=False):
         if _convertible(module):
             candidates.setdefault(module, []).append(name)
-    for pattern in patterns or [""]:
+    for pattern in patterns:
         if not any(match(names, pattern) for names in candidates.values()):
             known = ", ".join(itertools.chain(*candidates.values())) or "none"
             raise ValueError(f"layers matches no layer: {pattern!r}; the model's layers that can be converted are: "

@@ -157,8 +157,8 @@ def sum(x, dim=None, keepdim=False, *, order="fixed", splits=8, seed=0, step=0, 
       scope: "output" or "tensor".
 
     PyTorch cannot give derivatives of an operator like this to torch.func.grad, jacrev and hessian (torch.autograd,
-    torch.func.vmap and forward derivatives work); and torch.set_flush_denormal is a setting of a thread, with which
-    sums of subnormal numbers depend on the number of threads, PyTorch's too.
+    torch.func.vmap and forward derivatives work, with "arrival" torch.autograd alone); and torch.set_flush_denormal is
+    a setting of a thread, with which sums of subnormal numbers depend on the number of threads, PyTorch's too.
 
     Returns the sum, with the dtype and device of x. The error is at most
     gamma(ceil(log2(longest group)) + G - 1) * sum(|x|), gamma(k) = k u / (1 - k u): pairwise summation's, then the
@@ -333,6 +333,11 @@ torch.library.register_autograd(
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]))
 
 
+@torch.library.register_fake("ordered_reduce::sum_by_tickets")
+def _(x, dims, keepdim, *_):
+    return x.new_empty(_shape(x, dims, keepdim))
+
+
 class _Arrival(torch.autograd.Function):
     """The operator writes to its tickets, and torch.library gives no derivative to one that writes."""
 
@@ -356,8 +361,8 @@ def arrival(x, dims, keepdim, splits, step, op, terms=None):
     entry = tape.Sum(shape, str(x.dtype)[6:], count if terms is None else terms, groups, op,
                      int(step) if tape.is_open() else 0)
     tickets = torch.empty(tape.stretches(math.prod(shape)), groups, dtype=torch.int32, device=x.device)
-    take = not tape.given(entry, tickets)
+    take = x.is_meta or not tape.given(entry, tickets)
     out = _Arrival.apply(x, dims, keepdim, splits, take, tickets)
-    if take:
+    if take and not x.is_meta:   # where nothing arrives
         tape.keep(entry, tickets)
     return out
