@@ -96,7 +96,7 @@ struct Part {
   }
   INLINE void load(const T* x, const typename Masks<T>::Mask* mask) {
     const Vector* v = reinterpret_cast<const Vector*>(x);
-    const Vector nothing = -Vector{};   // of +0.0, to which adding -0.0 leads back
+    const Vector nothing = -Vector{};   // -0.0; Vector{} + kNothing<T> would be +0.0
     a = mask[0] ? v[0] : nothing, b = mask[1] ? v[1] : nothing;
     c = mask[2] ? v[2] : nothing, d = mask[3] ? v[3] : nothing;
   }
