@@ -208,7 +208,7 @@ def before_and_after(args, data, seed):
     """Rows of a network, He-normal at the start, before and after training, and its test accuracy [%], None where
     training diverged."""
     images, labels, test_images, test_labels, classes = data
-    scale = 1 / max(1.0, float(images.max()))   # of black images, too
+    scale = 1 / common.brightest(images)
     with STARTING:
         torch.manual_seed(seed)
         model = Network(images.shape[1], classes)
@@ -279,7 +279,7 @@ def told_apart(rows):
 
 def image_z(images, number):
     """Mean |z| over the bits of the first images, each a sequence of float32 pixels in [0, 1] in row order."""
-    scale, z = 1 / max(1.0, float(images.max())), []
+    scale, z = 1 / common.brightest(images), []
     for image in images[:number]:
         z += [abs(row[2]) for row in runs_test(bits_of(image * scale)) if row[2] is not None]
     return {"images": min(number, len(images)), "pixels": images[0].numel(),

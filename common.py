@@ -188,6 +188,11 @@ def _load_data(dataset, data_dir, image_size):
     return *split, CLASSES[dataset]
 
 
+def brightest(images):
+    """The largest value of uint8 images, to divide them by; 1 of black ones."""
+    return max(1.0, float(images.max()))
+
+
 def _open_image(path):
     """A file of 8 bits a channel, in RGB."""
     from PIL import Image

@@ -291,9 +291,9 @@ def evaluate(model, images, labels, normalise):
 def train(args, arm, lr, data):
     """Rows of metrics.csv and of layers.csv of one arm, all its seeds together."""
     images, labels, test_images, test_labels, classes = data
-    scale = max(1.0, float(images.max()))   # of black images, too
     mean = images.float().mean((0, 2, 3), keepdim=True) if args.normalize else 0
-    deviation = images.float().std((0, 2, 3), keepdim=True).clamp(min=1e-3) if args.normalize else scale
+    deviation = (images.float().std((0, 2, 3), keepdim=True).clamp(min=1e-3) if args.normalize else
+                 common.brightest(images))
 
     def normalise(x):
         return (x.float() - mean) / deviation

@@ -157,7 +157,7 @@ def steps_to_start(parameters, forward, data, args, generator):
     forward(parameters, x) maps (1 or seeds, inputs, images) to (seeds, classes, images); a seed has its own batches.
     """
     images, labels, test_images, test_labels, _ = data
-    seeds, scale = parameters[0].shape[0], 1 / max(1.0, float(images.max()))   # of black images, too
+    seeds, scale = parameters[0].shape[0], 1 / common.brightest(images)
     parameters = [p.requires_grad_() for p in parameters]
     test = (test_images[:1000] * scale).t()[None]   # enough to tell 20 % from 10 %
     started = [None] * seeds

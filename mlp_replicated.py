@@ -180,7 +180,7 @@ def train(cells, units, seeds, data, args, tick):
     """Trains all the cells for all the seeds together; returns their rows. `data` holds flat uint8 images."""
     x_train, y_train, x_test, y_test, classes = data
     device, inputs, batch, S = x_train.device, x_train.shape[1], args.batch_size, len(seeds)
-    scale = 1 / max(1.0, float(x_train.max()))   # of black images, too
+    scale = 1 / common.brightest(x_train)
     w1 = torch.zeros(S, units, inputs, device=device)   # the units of all cells of a seed, one after the other
     groups, first = [], 0                               # (N, its cells, their first unit, their W2)
     for width, alike in itertools.groupby(cells, key=lambda cell: cell.width):
