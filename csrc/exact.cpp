@@ -34,10 +34,12 @@ constexpr int64_t kGrain = 1 << 15;       // terms below which a second thread d
 typedef double Doubles __attribute__((vector_size(32)));
 typedef int64_t Bits __attribute__((vector_size(32)));
 typedef int32_t Words __attribute__((vector_size(32)));
+typedef uint32_t Unsigned __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(32)));
 
 // As they lie in memory.
 typedef double FourDoubles __attribute__((vector_size(32), aligned(8), may_alias));
-typedef int32_t EightWords __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t EightWords __attribute__((vector_size(32), aligned(2), may_alias));
 typedef int32_t FourWords __attribute__((vector_size(16), aligned(2), may_alias));
 typedef uint16_t SixteenHalves __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint16_t EightHalves __attribute__((vector_size(16), aligned(2), may_alias));
@@ -49,6 +51,11 @@ INLINE Doubles load(const float* x) { return to_doubles(*reinterpret_cast<const 
 template <int UPPER>
 INLINE FourWords half(Words x) {
   return __builtin_shufflevector(x, x, 4 * UPPER, 4 * UPPER + 1, 4 * UPPER + 2, 4 * UPPER + 3);
+}
+template <int UPPER>
+INLINE EightHalves half(SixteenHalves x) {
+  constexpr int k = 8 * UPPER;
+  return __builtin_shufflevector(x, x, k, k + 1, k + 2, k + 3, k + 4, k + 5, k + 6, k + 7);
 }
 
 // The upper bits of |x|, which grow with it: all of a float's, half of a double's (in every second word).
@@ -81,20 +88,10 @@ INLINE void add_eight(const Half* x, Doubles& lower, Doubles& upper) {
     lower += to_doubles(low), upper += to_doubles(high);
   }
 }
-// In any order, which takes less.
-template <class T>
-INLINE void add_any_eight(const T* x, Doubles& one, Doubles& two) {
-  add_eight(x, one, two);
-}
-INLINE void add_any_eight(const BFloat16* x, Doubles& one, Doubles& two) {
-  const FourWords pairs = *reinterpret_cast<const FourWords*>(x);
-  one += to_doubles(FourFloats(pairs << 16)), two += to_doubles(FourFloats(pairs & int32_t(0xFFFF0000)));
-}
 
 // The sizes of terms, eight side by side (of doubles four): see Running. LEAST: the least too.
 template <class T, bool LEAST = false>
 struct Sizes {
-  typedef uint32_t Unsigned __attribute__((vector_size(32)));
   static constexpr bool kFloat = std::is_same_v<T, float>;
   Words largest = {};
   Unsigned smallest = ~Unsigned{};   // floats' less one, so that zero is not the smallest
@@ -103,51 +100,92 @@ struct Sizes {
     largest = larger(largest, size);
     if (LEAST) smallest = smaller(smallest, Unsigned(size - int(kFloat)));
   }
-  INLINE void note_sixteen(const T* x) { note(x), note(x + 8); }
   INLINE Words most() const { return largest; }
   INLINE Words least() const { return LEAST ? Words(smallest >> (kFloat ? 23 : 20)) : Words{}; }
 };
 template <bool LEAST>
 struct Sizes<BFloat16, LEAST> {
   EightHalves largest = {}, smallest = ~EightHalves{};   // that less one, so that zero is not the smallest
-  SixteenHalves wide = {};
   INLINE void note(const BFloat16* x) {
     const EightHalves size = *reinterpret_cast<const EightHalves*>(x) & 0x7FFF;
     largest = larger(largest, size);
     if (LEAST) smallest = smaller(smallest, size - 1);
   }
-  INLINE void note_sixteen(const BFloat16* x) {
-    wide = larger(wide, *reinterpret_cast<const SixteenHalves*>(x) & 0x7FFF);
-  }
-  INLINE Words most() const {
-    const EightHalves lower = __builtin_shufflevector(wide, wide, 0, 1, 2, 3, 4, 5, 6, 7);
-    const EightHalves upper = __builtin_shufflevector(wide, wide, 8, 9, 10, 11, 12, 13, 14, 15);
-    return __builtin_convertvector(larger(larger(lower, upper), largest), Words) << 16;
-  }
+  INLINE Words most() const { return __builtin_convertvector(largest, Words) << 16; }
   INLINE Words least() const { return LEAST ? __builtin_convertvector(smallest, Words) >> 7 : Words{}; }
 };
 
 template <bool LEAST>
 struct Sizes<Half, LEAST> {   // of which Rounding needs none
   INLINE void note(const Half*) {}
-  INLINE void note_sixteen(const Half*) {}
   INLINE Words most() const { return Words{}; }
   INLINE Words least() const { return Words{}; }
+};
+
+// Sums of sixteen neighbours of a half type in floats, which take half of doubles' time, and whether floats hold them.
+template <class T>
+struct Sixteen {
+  static constexpr bool kBrain = std::is_same_v<T, BFloat16>;
+  static constexpr int kDigits = kBrain ? 8 : 11;
+  static constexpr int16_t kLimit = kBrain ? 0x7D00 : 0x7C00;   // from which on 32 terms overflow, or T's infinity
+
+  Floats sums[2] = {-Floats{}, -Floats{}};   // of the even ones and of the odd ones; of float16s as they lie
+  SixteenHalves largest = {}, smallest = ~SixteenHalves{};   // |term|, and that less one, so that zero is not the smallest
+
+  INLINE void add(const T* x) {
+    if constexpr (kBrain) {
+      const Words pairs = *reinterpret_cast<const EightWords*>(x);
+      sums[0] += Floats(pairs << 16), sums[1] += Floats(pairs & int32_t(0xFFFF0000));
+    } else {
+      for (int i = 0; i < 2; ++i)
+        sums[i] += __builtin_shufflevector(load_four(x + 8 * i), load_four(x + 8 * i + 4), 0, 1, 2, 3, 4, 5, 6, 7);
+    }
+    const SixteenHalves size = *reinterpret_cast<const SixteenHalves*>(x) & 0x7FFF;
+    largest = larger(largest, size), smallest = smaller(smallest, size - 1);
+  }
+
+  // All digits from the first of the largest possible sum to the last of the least term are a float's.
+  INLINE bool exact(int64_t terms) const {
+    typedef int16_t Signed __attribute__((vector_size(32)));
+    const int room = 24 - kDigits - std::bit_width(uint64_t(terms - 1));
+    const Signed range = Signed((largest >> (kDigits - 1)) - (smallest >> (kDigits - 1)));
+    const Bits wrong = Bits((range > int16_t(room)) | (Signed(largest) >= kLimit));
+    return (wrong[0] | wrong[1] | wrong[2] | wrong[3]) == 0;
+  }
+
+  template <int I>
+  INLINE FourFloats four() const {   // the neighbours from 4 I on
+    if constexpr (kBrain) return __builtin_shufflevector(sums[0], sums[1], 2 * I, 2 * I + 8, 2 * I + 1, 2 * I + 9);
+    else return __builtin_shufflevector(sums[I / 2], sums[I / 2], I % 2 * 4, I % 2 * 4 + 1, I % 2 * 4 + 2, I % 2 * 4 + 3);
+  }
+
+  INLINE void round(T* out) const {   // to nearest, ties to even
+    if constexpr (kBrain) {
+      const auto rounded = [](Floats sum) __attribute__((always_inline)) {
+        const Words bits = Words(sum);
+        return bits + 0x7FFF + (bits >> 16 & 1);
+      };
+      const Words even = Words(Unsigned(rounded(sums[0])) >> 16), odd = rounded(sums[1]) & int32_t(0xFFFF0000);
+      *reinterpret_cast<EightWords*>(out) = even | odd;
+    } else {
+      store_four(four<0>(), out), store_four(four<1>(), out + 4);
+      store_four(four<2>(), out + 8), store_four(four<3>(), out + 12);
+    }
+  }
 };
 
 // ------------------------------------------------------------------------------------ sums with a bound on their error
 
 constexpr int kNone = 0xFFF;   // more than any exponent
 
-// The sum of terms is nearly hi + lo. most: the upper 32 bits of the largest |term|. least: at most the exponent, in
-// these bits, of any term but zero.
+// The sum of terms is nearly hi + lo. most: the upper 32 bits of the largest |term|.
 struct Running {
   double hi = -0.0, lo = 0;
-  int32_t most = 0, least = kNone;
+  int32_t most = 0;
 
   INLINE void add(const Running& other) {
     lo += add_to(hi, other.hi) + other.lo;
-    most = std::max(most, other.most), least = std::min(least, other.least);
+    most = std::max(most, other.most);
   }
 };
 
@@ -160,7 +198,8 @@ INLINE Running sum_of_lanes(const Doubles* hi, const Doubles* lo, int vectors) {
   return all;
 }
 
-// Sums of kSide outputs, see Running: where they are, and a place for them.
+// Sums of kSide outputs, see Running: where they are, and a place for them. least: at most the exponent, in the bits of
+// `most`, of any term but zero.
 struct Side {
   const double *hi, *lo;
   const int32_t *most, *least;
@@ -169,7 +208,7 @@ struct Place {
   alignas(32) double hi[kSide], lo[kSide];
   alignas(32) int32_t most[kSide], least[kSide];
   INLINE void set(int i, const Running& sum) {
-    hi[i] = sum.hi, lo[i] = sum.lo, most[i] = sum.most, least[i] = sum.least;
+    hi[i] = sum.hi, lo[i] = sum.lo, most[i] = sum.most, least[i] = 0;
   }
   INLINE operator Side() const { return {hi, lo, most, least}; }
 };
@@ -183,25 +222,32 @@ struct Lanes {
 
   Doubles sum[kMost / 4], errors[kFloat ? 1 : kMost / 4];   // of the block; floats' sums have hardly any error
   Doubles hi[kMost / 4], lo[kMost / 4];
-  Words most[kMost / kEach], least[kMost / kEach];
+  Words most[kMost / kEach];
   int64_t exponent;   // of the largest term that add_at_once has seen, in its place in a double
 
   INLINE void clear(int vectors) {
     for (int i = 0; i < vectors * kFours; ++i) sum[i] = -Doubles{};
-    for (int v = 0; v < vectors; ++v) most[v] = Words{}, least[v] = Words{} + kNone;
+    for (int v = 0; v < vectors; ++v) most[v] = Words{};
     for (int v = 0; v < vectors && !kFloat; ++v) errors[v] = Doubles{};
     exponent = 0;
   }
 
   // ahead: so many numbers after a row stands one that is added next, elsewhere in memory, where the processor would not
   // look ahead; or 0.
-  template <int ROWS, bool LEAST, class T>
+  template <int ROWS, class T>
   INLINE void add(const T* const* row, int vectors, int64_t ahead) {
     for (int v = 0; v < vectors; ++v) {
       if (ahead && v * kEach * sizeof(T) % 64 == 0)
         for (int k = 0; k < ROWS; ++k) __builtin_prefetch(row[k] + v * kEach + ahead);
+      if constexpr (std::is_same_v<T, BFloat16> && ROWS == kStreams) {
+        if (v % 2 == 0 && v + 2 <= vectors &&
+            add_sixteen(ROWS, [&](int k) __attribute__((always_inline)) { return row[k] + v * kEach; }, v)) {
+          ++v;
+          continue;
+        }
+      }
       Doubles s[2] = {sum[v * kFours], kFloat ? sum[v * kFours + 1] : errors[v]};
-      Sizes<T, LEAST> sizes;
+      Sizes<T> sizes;
       for (int k = 0; k < ROWS; ++k) {
         const T* x = row[k] + v * kEach;
         if constexpr (kFloat) add_eight(x, s[0], s[1]);
@@ -209,12 +255,22 @@ struct Lanes {
         sizes.note(x);
       }
       sum[v * kFours] = s[0], (kFloat ? sum[v * kFours + 1] : errors[v]) = s[1];
-      note(v, sizes);
+      most[v] = larger(most[v], sizes.most());
     }
   }
-  template <class T, bool LEAST>
-  INLINE void note(int v, const Sizes<T, LEAST>& sizes) {
-    most[v] = larger(most[v], sizes.most()), least[v] = smaller(least[v], sizes.least());
+
+  // Two vectors of rows, at(k), if floats hold what these add up to.
+  template <class At>
+  INLINE bool add_sixteen(int rows, const At& at, int v) {
+    Sixteen<BFloat16> sums;
+    for (int k = 0; k < rows; ++k) sums.add(at(k));
+    if (!sums.exact(rows)) return false;
+    Doubles* const to = sum + v * kFours;
+    to[0] += to_doubles(sums.four<0>()), to[1] += to_doubles(sums.four<1>());
+    to[2] += to_doubles(sums.four<2>()), to[3] += to_doubles(sums.four<3>());
+    most[v] = larger(most[v], __builtin_convertvector(half<0>(sums.largest), Words) << 16);
+    most[v + 1] = larger(most[v + 1], __builtin_convertvector(half<1>(sums.largest), Words) << 16);
+    return true;
   }
 
   // The same of kRowsAtOnce rows of four vectors, x, which lie side by side, in registers.
@@ -225,11 +281,28 @@ struct Lanes {
     std::copy_n(sum, 8, s);
     for (int row = 0; row < kRowsAtOnce; ++row)
       for (int v = 0; v < 4; v += 2, x += 16) {
-        add_any_eight(x, s[2 * v], s[2 * v + 1]), add_any_eight(x + 8, s[2 * v + 2], s[2 * v + 3]);
-        sizes.note_sixteen(x);
+        add_eight(x, s[2 * v], s[2 * v + 1]), add_eight(x + 8, s[2 * v + 2], s[2 * v + 3]);
+        sizes.note(x), sizes.note(x + 8);
       }
     std::copy_n(s, 8, sum);
-    note(0, sizes);
+    most[0] = larger(most[0], sizes.most());
+    return true;
+  }
+
+  INLINE bool add_at_once(const BFloat16* x) {
+    for (int row = 0; row < kRowsAtOnce; row += 16)
+      for (int v = 0; v < 4; v += 2) {
+        const auto at = [&](int k) __attribute__((always_inline)) { return x + (row + k) * 32 + v * 8; };
+        if (!add_sixteen(16, at, v)) {
+          Sizes<BFloat16> sizes;
+          for (int k = 0; k < 16; ++k)
+            for (int u = 0; u < 2; ++u) {
+              add_eight(at(k) + 8 * u, sum[2 * (v + u)], sum[2 * (v + u) + 1]);
+              sizes.note(at(k) + 8 * u);
+            }
+          most[v] = larger(most[v], sizes.most());
+        }
+      }
     return true;
   }
 
@@ -276,23 +349,21 @@ struct Lanes {
   // All lanes' sums to lane 0.
   INLINE void merge(int vectors) {
     Running all = sum_of_lanes(hi, lo, vectors * kFours);
-    for (int v = 1; v < vectors; ++v) most[0] = larger(most[0], most[v]), least[0] = smaller(least[0], least[v]);
-    for (int l = 0; l < kEach; ++l) {
-      const Running lane = (*this)[l];
-      all.most = std::max(all.most, lane.most), all.least = std::min(all.least, lane.least);
-    }
-    hi[0][0] = all.hi, lo[0][0] = all.lo, most[0][kFloat ? 0 : 1] = all.most, least[0][kFloat ? 0 : 1] = all.least;
+    for (int v = 1; v < vectors; ++v) most[0] = larger(most[0], most[v]);
+    for (int l = 0; l < kEach; ++l) all.most = std::max(all.most, (*this)[l].most);
+    hi[0][0] = all.hi, lo[0][0] = all.lo, most[0][kFloat ? 0 : 1] = all.most;
   }
 
   INLINE Running operator[](int l) const {
     const int word = kFloat ? l : 2 * l + 1;
     return {reinterpret_cast<const double*>(hi)[l], reinterpret_cast<const double*>(lo)[l],
-            reinterpret_cast<const int32_t*>(most)[word], reinterpret_cast<const int32_t*>(least)[word]};
+            reinterpret_cast<const int32_t*>(most)[word]};
   }
   INLINE Side from(int l) const {
     static_assert(kFloat);
+    static constexpr int32_t zeros[kSide] = {};
     return {reinterpret_cast<const double*>(hi) + l, reinterpret_cast<const double*>(lo) + l,
-            reinterpret_cast<const int32_t*>(most) + l, reinterpret_cast<const int32_t*>(least) + l};
+            reinterpret_cast<const int32_t*>(most) + l, zeros};
   }
 };
 
@@ -509,6 +580,7 @@ void add_lane(const Pieces& pieces, int64_t l, const A* x, int64_t n, int64_t ev
 template <class T>
 struct ExactSum {
   using A = typename AccType<T>::type;
+  static constexpr bool kBrain = std::is_same_v<T, BFloat16>;
   const Reduction& r;
   const T* x;
   T* out;
@@ -553,9 +625,8 @@ struct ExactSum {
       };
       const auto add = [&](const auto& at) __attribute__((always_inline)) {
         const int64_t ahead = across && !r.rows && row + 2 * some <= rows ? some * step : 0;
-        if (some == 1) sums.template add<1, true>(at, vectors, 0);
-        else if (r.terms > kTies) sums.template add<kStreams, false>(at, vectors, ahead);
-        else sums.template add<kStreams, true>(at, vectors, ahead);
+        if (some == 1) sums.template add<1>(at, vectors, 0);
+        else sums.template add<kStreams>(at, vectors, ahead);
       };
       if (add_at_once()) {
         some = kRowsAtOnce;
@@ -624,12 +695,27 @@ struct ExactSum {
     settle(output, outputs, sums);
   }
 
+  // Sixteen neighbours' sums of all terms, if floats hold them.
+  INLINE bool add_sixteen(const T* first, T* to) const {
+    Sixteen<T> sums;
+    for (int64_t t = 0; t < r.terms; ++t) sums.add(term(first, t));
+    if (!sums.exact(r.terms)) return false;
+    sums.round(to);
+    return true;
+  }
+
   // The same of kSide neighbours, or of those up to the end of `inner`.
   INLINE void add_columns_any(int64_t output) const {
     const T* const first = terms_of(output);
     const int outputs = here(output, kSide);
     constexpr int kEach = Lanes<A>::kEach;
     for (int w = 0; w < outputs; w += kWidth) {
+      if constexpr (sizeof(T) == 2) {
+        if ((kBrain || kF16C) && w % 16 == 0 && w + 16 <= outputs && add_sixteen(first + w, out + output + w)) {
+          w += kWidth;
+          continue;
+        }
+      }
       const int some = std::min(kWidth, outputs - w);
       Doubles sum[kVectors], errors[kVectors] = {};
       Sizes<T, true> sizes[kWidth / kEach];

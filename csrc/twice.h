@@ -40,9 +40,15 @@ INLINE FourFloats load_four(const Half* x) {
   asm("vcvtph2ps %1, %0" : "=x"(v) : "m"(*reinterpret_cast<const Half(*)[4]>(x)));
   return v;
 }
+INLINE void store_four(FourFloats v, Half* x) {   // to nearest, ties to even
+  asm("vcvtps2ph $0, %1, %0" : "=m"(*reinterpret_cast<Half(*)[4]>(x)) : "x"(v));
+}
 #else
 constexpr bool kF16C = false;
 INLINE FourFloats load_four(const Half* x) { return FourFloats{x[0], x[1], x[2], x[3]}; }
+INLINE void store_four(FourFloats v, Half* x) {
+  for (int i = 0; i < 4; ++i) x[i] = Half(v[i]);
+}
 #endif
 
 // Of four vectors of four.

@@ -51,8 +51,10 @@ def same(a, b):
 
 def check(values, dtype, device="cpu"):
     x = torch.tensor(values, dtype=torch.float64).to(dtype).to(device)   # as the format holds them
-    result, expected = ordered_reduce.sum(x, order="exact").item(), reference(x.tolist(), dtype)
-    assert same(result, expected), (x.tolist(), dtype, result, expected)
+    expected = reference(x.tolist(), dtype)
+    for terms in (x, x[:, None].repeat(1, 16)):             # and as columns side by side
+        for result in ordered_reduce.sum(terms, 0, order="exact").flatten().tolist():
+            assert same(result, expected), (x.tolist(), dtype, result, expected)
 
 
 def random_terms(n, generator, dtype):
@@ -181,6 +183,26 @@ def test_long_sums_that_cancel(device):
         x = torch.cat([x, -x * (1 + torch.ldexp(torch.randn(n, generator=generator, dtype=torch.float64), torch.tensor(left)))])
         x = x[torch.randperm(2 * n, generator=generator)] if case % 2 else x
         assert ordered_reduce.sum(x.to(device), order="exact").item() == math.fsum(x.tolist())
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_the_last_place_of_wider_accumulators(device, dtype):
+    """A tie, and two small terms whose difference breaks it: a wider format still holds that or just does not. Many rows
+    and columns of the same kind, so that short cuts are taken if ever."""
+    bits, wide = FORMATS[dtype][0], {2: 24, 4: 53, 8: 106}[dtype.itemsize]
+    last = 2.0 ** (1 - bits)
+    for large in (1, 2, 5, 13, 29):
+        to_tie = large * last - 2.0 ** ((2 * large - 1).bit_length() - 1 - bits)
+        for exponent in range(wide - bits - 12, wide - bits + 5):
+            small = 2.0 ** -exponent
+            for more in (0, 40):                            # terms that change nothing
+                terms = [2 - last] * large + [to_tie, small * (1 + 2 * last), -small * (1 + 3 * last)] + [0.0] * more
+                x = torch.tensor([terms], dtype=torch.float64).to(dtype)
+                expected = reference(x[0].tolist(), dtype)
+                rows = torch.cat([x, -x] * 24).to(device)
+                for got in (ordered_reduce.sum(rows, 1, order="exact"),
+                            ordered_reduce.sum(rows.t().contiguous(), 0, order="exact")):
+                    assert got.tolist() == [expected, -expected] * 24, (terms, dtype)
 
 
 def check_many(cases, dtype, generator, device):
