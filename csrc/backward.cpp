@@ -133,9 +133,9 @@ void products(const Tensor& grad, const Tensor& x, const Shape& s, const Groups&
     std::fill_n(to, (out - s.out) * size * pixels, T(0));
     T* const result = partials + g * s.out * terms;
     const bool direct = out == s.out && columns == terms;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(matrix(direct ? result : product, out, columns).get(),
-                                                 matrix(grads, out, size * pixels).get(),
-                                                 matrix(seen, size * pixels, columns).get()));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(matrix(direct ? result : product, out, columns).get(),
+                                                        matrix(grads, out, size * pixels).get(),
+                                                        matrix(seen, size * pixels, columns).get()));
     for (int64_t o = 0; o < s.out && !direct; ++o) std::copy_n(product + o * columns, terms, result + o * terms);
   }
 }
@@ -146,7 +146,7 @@ Tensor convolution_gradient(const Tensor& grad, const Tensor& x, const Tensor& w
   const int64_t no_padding[] = {0, 0};
   const int32_t wanted[] = {which == 0, which == 1, 0};
   AtenTensorHandle gradient[3];
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
       grad.get(), x.get(), weight.get(), nullptr, 0, stride, 2, padding, 2, dilation, 2, 0, no_padding, 2, groups,
       wanted, 3, &gradient[0], &gradient[1], &gradient[2]));
   const Tensor all[] = {Tensor(gradient[0]), Tensor(gradient[1]), Tensor(gradient[2])};   // the others are freed
@@ -171,19 +171,19 @@ void convolutions(std::vector<Tensor>& grads, std::vector<Tensor>& inputs, const
 Tensor conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, std::vector<int64_t> stride,
                               std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                               int64_t splits) {
-  STD_TORCH_CHECK(grad.dim() == 4 && x.dim() == 4 && weight.dim() == 4 && grad.size(0) == x.size(0) && 1 <= x.size(0) &&
-                      1 <= splits && 1 <= groups && weight.size(0) == grad.size(1) &&
-                      weight.size(1) * groups == x.size(1) && grad.scalar_type() == x.scalar_type() &&
-                      weight.scalar_type() == x.scalar_type(),
-                  "conv2d_weight_partials: shapes, dtypes or splits do not match");
+  require(grad.dim() == 4 && x.dim() == 4 && weight.dim() == 4 && grad.size(0) == x.size(0) && 1 <= x.size(0) &&
+              1 <= splits && 1 <= groups && 1 <= weight.size(0) && weight.size(0) == grad.size(1) &&
+              weight.size(1) * groups == x.size(1) && grad.scalar_type() == x.scalar_type() &&
+              weight.scalar_type() == x.scalar_type(),
+          "conv2d_weight_partials: shapes, dtypes or splits do not match");
   Shape s{x.size(1), grad.size(1), groups};
   for (int i = 0; i < 2; ++i) {
     s.image[i] = x.size(2 + i), s.kernel[i] = weight.size(2 + i), s.pixels[i] = grad.size(2 + i);
     s.stride[i] = stride.at(i), s.padding[i] = padding.at(i), s.dilation[i] = dilation.at(i);
-    STD_TORCH_CHECK(s.stride[i] > 0 && s.padding[i] >= 0 && s.dilation[i] > 0 &&
-                        (s.pixels[i] - 1) * s.stride[i] + (s.kernel[i] - 1) * s.dilation[i] <
-                            s.image[i] + 2 * s.padding[i],
-                    "conv2d_weight_partials: this is no convolution's shape of grad");
+    require(s.stride[i] > 0 && s.padding[i] >= 0 && s.dilation[i] > 0 &&
+                (s.pixels[i] - 1) * s.stride[i] + (s.kernel[i] - 1) * s.dilation[i] <
+                    s.image[i] + 2 * s.padding[i],
+            "conv2d_weight_partials: this is no convolution's shape of grad");
   }
   const int64_t G = std::min(splits, x.size(0)), pixels = s.pixels[0] * s.pixels[1];
   const Groups samples(x.size(0), G);
@@ -199,7 +199,8 @@ Tensor conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, std::vector<
     return partials;
   }
   if (groups == 1) {
-    const int64_t out = padded(s.out), in = s.in == 1 ? 1 : padded(s.in);   // a single channel has no equals
+    // A single channel has no equals; but with one, and a sample alone, oneDNN does not treat all outputs alike.
+    const int64_t out = padded(s.out), in = s.in == 1 && x.size(0) >= 2 * G ? 1 : padded(s.in);
     if (out > s.out) grad = torch::stable::pad(grad, {0, 0, 0, 0, 0, out - s.out});
     if (in > s.in) x = torch::stable::pad(x, {0, 0, 0, 0, 0, in - s.in});
     weight = torch::stable::new_empty(weight, {out, in, s.kernel[0], s.kernel[1]});
@@ -225,7 +226,7 @@ Tensor conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, std::vector<
 std::tuple<Tensor, Tensor> conv2d_backward(Tensor grad, Tensor x, Tensor weight, std::vector<int64_t> conv,
                                            bool of_x, int64_t splits, int64_t order, bool per_output, int64_t seed,
                                            std::optional<Tensor> step, int64_t op) {
-  STD_TORCH_CHECK(conv.size() == 7, "conv2d_backward: conv must be seven numbers");
+  require(conv.size() == 7, "conv2d_backward: conv must be seven numbers");
   const Tensor partials = conv2d_weight_partials(grad, x, weight, {conv[0], conv[1]}, {conv[2], conv[3]},
                                                  {conv[4], conv[5]}, conv[6], splits);   // which checks the arguments
   Tensor grad_x = torch::stable::new_empty(x, {0});
@@ -237,9 +238,9 @@ std::tuple<Tensor, Tensor> conv2d_backward(Tensor grad, Tensor x, Tensor weight,
 // empty. A few rows of the weight at a time: all partial gradients of a large one together would be read from memory.
 Tensor linear_weight(Tensor grad, Tensor x, int64_t splits, int64_t order, bool per_output, int64_t seed,
                      std::optional<Tensor> step, int64_t op) {
-  STD_TORCH_CHECK(grad.dim() == 3 && x.dim() == 3 && grad.size(0) == x.size(0) && grad.size(1) == x.size(1) &&
-                      grad.numel() > 0 && x.numel() > 0 && splits >= 1 && grad.scalar_type() == x.scalar_type(),
-                  "linear_weight: shapes, dtypes or splits do not match");
+  require(grad.dim() == 3 && x.dim() == 3 && grad.size(0) == x.size(0) && grad.size(1) == x.size(1) &&
+              grad.numel() > 0 && x.numel() > 0 && splits >= 1 && grad.scalar_type() == x.scalar_type(),
+          "linear_weight: shapes, dtypes or splits do not match");
   constexpr int64_t kBytes = 1 << 21, kRows = 16;   // of the partial gradients of a block; of its height a divisor
   const int64_t rows = x.size(1), out = grad.size(2), in = x.size(2), high = padded(out), wide = padded(in);
   Reduction r = ordered(order, per_output, seed, step, op, x);
@@ -266,7 +267,7 @@ Tensor linear_weight(Tensor grad, Tensor x, int64_t splits, int64_t order, bool 
         const int64_t row = block * height, begin = std::min(row, high - height);
         for (int64_t g = 0; g < r.groups; ++g) {
           const int64_t from = samples[g].begin * rows, terms = samples[g].size * rows;
-          TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(
+          STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(
               view(partials + g * height * wide, height, wide, wide, 1, x).get(),
               view(grads + from * high + begin, height, terms, 1, high, x).get(),
               view(inputs + from * wide, terms, wide, wide, 1, x).get()));

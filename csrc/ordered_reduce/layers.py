@@ -344,10 +344,11 @@ def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, o
     if isinstance(padding, str):
         if padding not in ("same", "valid") or weight.ndim != 4 or (padding == "same" and _pair(stride) != [1, 1]):
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)   # PyTorch's error
-        if padding == "same":
+        padding, same = 0, padding == "same"
+        if same:
             high, wide = (d * (k - 1) for d, k in zip(_pair(dilation), weight.shape[2:], strict=True))
-            x = F.pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
-        padding = 0
+            x = F.pad(x, (0, wide % 2, 0, high % 2)) if wide % 2 or high % 2 else x   # as PyTorch does
+            padding = high // 2, wide // 2
     x, bias, used = _autocast(x, weight, bias)
     batched = x if x.ndim == 4 else x.unsqueeze(0)
     conv = (_pair(stride), _pair(padding), _pair(dilation), groups)
