@@ -1167,7 +1167,7 @@ struct IndexAdd {
 
 // s says where the terms of each row are.
 void add_segments(const Reduction& r, const SomeSegments& s, const Tensor& input, const Tensor& source, Tensor& out) {
-  STD_TORCH_CHECK(!s.position || r.inner > 1, "index_add: single numbers must be sorted themselves");
+  require(!s.position || r.inner > 1, "index_add: single numbers must be sorted themselves");
   for_type(input.scalar_type(), [&]<class T>(T) {
     IndexAdd<T>{r, s, static_cast<const T*>(input.const_data_ptr()), static_cast<const T*>(source.const_data_ptr()),
                 static_cast<T*>(out.mutable_data_ptr()), input.scalar_type()}.run();

@@ -10,7 +10,7 @@
 namespace ordered {
 
 inline void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "ordered_reduce: ", cudaGetErrorString(error));
+  require(error == cudaSuccess, "ordered_reduce: ", cudaGetErrorString(error));
 }
 
 // Blocks for so many jobs, `each` of them to a block. A kernel loops over what is beyond them.
@@ -21,7 +21,7 @@ inline int grid(int64_t jobs, int64_t each = 1) {
 // The stream to launch on. A DeviceGuard must be in force.
 inline cudaStream_t stream_of(const Tensor& x) {
   void* current = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
   return static_cast<cudaStream_t>(current);
 }
 

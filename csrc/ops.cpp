@@ -52,10 +52,10 @@ Tensor empty(const std::vector<int64_t>& sizes, const Tensor& x, bool channels_l
   }
   int32_t dtype, device;
   AtenTensorHandle out;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                  device, x.get_device_index(), &out));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                         device, x.get_device_index(), &out));
   return Tensor(out);
 }
 
@@ -64,7 +64,7 @@ Tensor permute(const Tensor& x, const std::vector<int64_t>& axes) {
   std::vector<int64_t> sizes, strides;
   for (int64_t d : axes) sizes.push_back(x.size(d)), strides.push_back(x.stride(d));
   AtenTensorHandle out;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_as_strided(x.get(), sizes.data(), strides.data(), &out));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_as_strided(x.get(), sizes.data(), strides.data(), &out));
   return Tensor(out);
 }
 
@@ -78,8 +78,8 @@ using Launch = void (*)(const Reduction&, const Tensor&, Tensor&);
 Tensor reduce(Launch launch, Reduction r, const Tensor& x, int64_t dims, bool keepdim, int64_t splits,
               const Tensor* tickets = nullptr) {
   const auto reduced = [dims](int64_t d) { return dims >> std::min<int64_t>(d, 63) & 1; };
-  STD_TORCH_CHECK(dims == -1 || dims >> std::min<int64_t>(x.dim(), 63) == 0, "dims out of range: ", dims);
-  STD_TORCH_CHECK(splits >= 1, "splits must be at least 1, got ", splits);
+  require(dims == -1 || dims >> std::min<int64_t>(x.dim(), 63) == 0, "dims out of range: ", dims);
+  require(splits >= 1, "splits must be at least 1, got ", splits);
 
   std::vector<Axis> kept, terms;
   std::vector<int64_t> sizes, order_of_axes;
@@ -115,12 +115,12 @@ Tensor reduce(Launch launch, Reduction r, const Tensor& x, int64_t dims, bool ke
   r.terms = term.size, r.term_stride = term.stride;
   r.groups = std::min(splits, r.terms);   // a group without terms has nothing to add
   if (tickets) {
-    STD_TORCH_CHECK(tickets->scalar_type() == ScalarType::Int && tickets->is_contiguous() &&
-                        tickets->numel() == r.stretches() * r.groups && same_device(*tickets, x),
-                    "tickets must be contiguous int32 of size (stretches, groups) on the device of x");
+    require(tickets->scalar_type() == ScalarType::Int && tickets->is_contiguous() &&
+                tickets->numel() == r.stretches() * r.groups && same_device(*tickets, x),
+            "tickets must be contiguous int32 of size (stretches, groups) on the device of x");
     r.tickets = static_cast<int32_t*>(tickets->mutable_data_ptr());
     for (int64_t i = 0; r.order == Order::replay && !x.is_cuda() && i < tickets->numel(); ++i)   // CUDA does so itself
-      STD_TORCH_CHECK(0 <= r.tickets[i] && r.tickets[i] < r.groups, "ticket out of range: ", r.tickets[i]);
+      require(0 <= r.tickets[i] && r.tickets[i] < r.groups, "ticket out of range: ", r.tickets[i]);
   }
   launch(r, input, out);
   return out;
@@ -143,7 +143,7 @@ Tensor sum_by_tickets(const Tensor& x, int64_t dims, bool keepdim, int64_t split
 // start[0 ... size], then position[0 ... n - 1]: where v stands in index, in order, is position[start[v]] ...
 // position[start[v + 1] - 1].
 Tensor segments(const Tensor& index, int64_t size) {
-  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.is_contiguous(), "index must be contiguous int64");
+  require(index.scalar_type() == ScalarType::Long && index.is_contiguous(), "index must be contiguous int64");
   Tensor result = empty({size + 1 + index.numel()}, index);
   const int64_t* const at = static_cast<const int64_t*>(index.const_data_ptr());
   int64_t* const start = static_cast<int64_t*>(result.mutable_data_ptr());
@@ -159,28 +159,28 @@ Tensor index_add(const Tensor& input, const Tensor& index, const Tensor& source,
                  int64_t splits, int64_t order, bool per_output, int64_t seed, const std::optional<Tensor>& step,
                  int64_t op) {
   Reduction r = ordered(order, per_output, seed, step, op, input);
-  STD_TORCH_CHECK(input.dim() >= 1 && source.dim() == input.dim() && input.scalar_type() == source.scalar_type() &&
-                  same_device(input, source), "index_add: dimensions, dtypes or devices do not match");
+  require(input.dim() >= 1 && source.dim() == input.dim() && input.scalar_type() == source.scalar_type() &&
+          same_device(input, source), "index_add: dimensions, dtypes or devices do not match");
   const int64_t size = input.size(0), n = index.numel();
   std::vector<int64_t> sizes(1, size);
   r.outer = size, r.terms = n, r.inner = 1;
   r.groups = std::clamp<int64_t>(n, 1, std::max<int64_t>(splits, 1));   // of a row with all terms
   for (int64_t d = 1; d < input.dim(); ++d) {
-    STD_TORCH_CHECK(source.size(d) == input.size(d), "index_add: shapes do not match");
+    require(source.size(d) == input.size(d), "index_add: shapes do not match");
     sizes.push_back(input.size(d)), r.inner *= input.size(d);
   }
-  STD_TORCH_CHECK(source.size(0) == n && splits >= 1 &&
-                  (segments ? segments->numel() == size + 1 + n : !input.is_cuda()), "index_add: sizes do not match");
+  require(source.size(0) == n && splits >= 1 &&
+          (segments ? segments->numel() == size + 1 + n : !input.is_cuda()), "index_add: sizes do not match");
   for (const Tensor& places : {index, segments.value_or(index)})
-    STD_TORCH_CHECK(places.scalar_type() == ScalarType::Long && places.is_contiguous() && same_device(places, input),
-                    "index and segments must be contiguous int64 on the device of input");
+    require(places.scalar_type() == ScalarType::Long && places.is_contiguous() && same_device(places, input),
+            "index and segments must be contiguous int64 on the device of input");
   const Tensor from = torch::stable::contiguous(input), terms = torch::stable::contiguous(source);
   Tensor out = empty(sizes, input);
   if (!input.is_cuda()) {   // a GPU would have to be waited for: there segments must be what `segments` gave
     check_range(static_cast<const int64_t*>(index.const_data_ptr()), n, size);
     const int64_t* const start = segments ? static_cast<const int64_t*>(segments->const_data_ptr()) : nullptr;
-    STD_TORCH_CHECK(!start || (start[0] >= 0 && start[size] <= n && std::is_sorted(start, start + size + 1)),
-                    "segments must be those of index");
+    require(!start || (start[0] >= 0 && start[size] <= n && std::is_sorted(start, start + size + 1)),
+            "segments must be those of index");
     if (start) check_range(start + size + 1, n, n);
   }
   if (out.numel() == 0) return out;
@@ -193,13 +193,13 @@ Tensor index_add(const Tensor& input, const Tensor& index, const Tensor& source,
 template <void (*launch)(const Reduction&, const Apart&, ScalarType, Tensor&)>
 Tensor add_partials(const std::vector<Tensor>& partials, const Tensor& like, bool shuffled, bool per_output,
                     int64_t seed, const std::optional<Tensor>& step, int64_t op) {
-  STD_TORCH_CHECK(1 <= partials.size() && partials.size() <= size_t(Apart::kMost), "add_partials: from 1 to ",
-                  Apart::kMost, " partial sums, got ", partials.size());
+  require(1 <= partials.size() && partials.size() <= size_t(Apart::kMost), "add_partials: from 1 to ",
+          Apart::kMost, " partial sums, got ", partials.size());
   const Tensor& first = partials[0];
   const ScalarType type = first.scalar_type();
-  STD_TORCH_CHECK(first.dim() <= Apart::kAxes && first.numel() < int64_t{1} << 31 &&
-                      (like.scalar_type() == type || (first.element_size() == 2 && like.scalar_type() == ScalarType::Float)),
-                  "add_partials: too many dimensions or elements, or a dtype that like's cannot come of");
+  require(first.dim() <= Apart::kAxes && first.numel() < int64_t{1} << 31 &&
+              (like.scalar_type() == type || (first.element_size() == 2 && like.scalar_type() == ScalarType::Float)),
+          "add_partials: too many dimensions or elements, or a dtype that like's cannot come of");
   Reduction r = ordered(shuffled, per_output, seed, step, op, first);   // fixed is order 0, shuffled 1
   r.outer = first.numel(), r.inner = 1, r.groups = int64_t(partials.size());
   struct Both {
@@ -228,7 +228,7 @@ Tensor add_partials(const std::vector<Tensor>& partials, const Tensor& like, boo
     bool alike = partial.dim() == first.dim() && partial.scalar_type() == type && same_device(partial, like);
     for (int64_t d = 0; alike && d < first.dim(); ++d)
       alike = partial.size(d) == first.size(d) && (partial.size(d) == 1 || partial.stride(d) == first.stride(d));
-    STD_TORCH_CHECK(alike, "add_partials: partial sums must be alike in shape, strides and dtype, and on like's device");
+    require(alike, "add_partials: partial sums must be alike in shape, strides and dtype, and on like's device");
     apart.data[g] = partial.const_data_ptr();
   }
   const bool last = is_channels_last(first) && is_channels_last(like) && !like.is_contiguous();
@@ -243,7 +243,7 @@ Tensor add_partials(const std::vector<Tensor>& partials, const Tensor& like, boo
 // (4, n) for like of n int64 numbers, which are not read: a number of its own could not be symbolic.
 template <void (*launch)(const Reduction&, Tensor&)>
 Tensor philox(const Tensor& like, int64_t seed, const Tensor& step, int64_t op) {
-  STD_TORCH_CHECK(like.scalar_type() == ScalarType::Long, "philox: like must be int64");
+  require(like.scalar_type() == ScalarType::Long, "philox: like must be int64");
   Tensor out = empty({4, like.numel()}, like);
   if (out.numel()) launch(ordered(int64_t(Order::shuffled), true, seed, step, op, like), out);
   return out;
@@ -261,18 +261,18 @@ bool cuda_built() {
 
 Reduction ordered(int64_t order, bool per_output, int64_t seed, const std::optional<Tensor>& step, int64_t op,
                   const Tensor& x) {
-  STD_TORCH_CHECK(0 <= order && order <= 3, "unknown order: ", order);
+  require(0 <= order && order <= 3, "unknown order: ", order);
   Reduction r;
   r.order = Order(order), r.per_output = per_output;
   r.seed = uint64_t(seed), r.op = uint32_t(op);
   r.step = 0, r.device_step = nullptr;
   if (step) {
-    STD_TORCH_CHECK(step->numel() == 1 && step->scalar_type() == ScalarType::Long, "step must be one int64");
+    require(step->numel() == 1 && step->scalar_type() == ScalarType::Long, "step must be one int64");
     const int64_t* value = static_cast<const int64_t*>(step->const_data_ptr());
     if (step->is_cpu()) {
       r.step = uint32_t(*value);
     } else {
-      STD_TORCH_CHECK(same_device(*step, x), "step must be on the CPU or on the device of x");
+      require(same_device(*step, x), "step must be on the CPU or on the device of x");
       r.device_step = value;
     }
   }

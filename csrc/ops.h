@@ -4,13 +4,17 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <bit>
 #include <optional>
 
 #include "order.h"
+#include "require.h"
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK   // of PyTorch 2.13, which says what went wrong
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
 
 namespace ordered {
 
@@ -120,7 +124,7 @@ void for_type(ScalarType type, const F& f) {
     case ScalarType::Double: return f(double());
     case ScalarType::Half: return f(Half());
     case ScalarType::BFloat16: return f(torch::headeronly::BFloat16());
-    default: STD_TORCH_CHECK(false, "ordered_reduce is not implemented for this dtype");
+    default: require(false, "ordered_reduce is not implemented for this dtype");
   }
 }
 

@@ -68,8 +68,8 @@ void sort(const Tensor& index, int64_t size, Tensor& result) {
 }
 
 Tensor segments(const Tensor& index, int64_t size) {
-  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.is_contiguous() && size >= 0,
-                  "index must be contiguous int64");
+  require(index.scalar_type() == ScalarType::Long && index.is_contiguous() && size >= 0,
+          "index must be contiguous int64");
   const torch::stable::accelerator::DeviceGuard guard(index.get_device_index());
   const int64_t n = index.numel();
   Tensor result = torch::stable::new_empty(index, {size + 1 + n});

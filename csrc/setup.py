@@ -64,7 +64,7 @@ flags = {"cxx": [*target, "-g0", "-ffp-contract=off", *openmp, *(["-DUSE_CUDA", 
 extension = (CUDAExtension if cuda else CppExtension)(
     "ordered_reduce._C",
     ["ops.cpp", "cpu.cpp", "exact.cpp", "backward.cpp", *(["cuda.cu", "segments.cu"] if cuda else [])],
-    depends=["order.h", "exact.h", "ops.h", "sort.h", "twice.h", "launch.h"],
+    depends=["order.h", "exact.h", "ops.h", "require.h", "sort.h", "twice.h", "launch.h"],
     extra_compile_args=flags,
     extra_link_args=openmp,
     py_limited_api=True,

@@ -2,12 +2,13 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
+
+#include "require.h"
 
 namespace ordered {
 
@@ -16,7 +17,7 @@ inline void check_range(const int64_t* index, int64_t n, int64_t size) {
   uint64_t signs = 0;
   for (int64_t i = 0; i < n; ++i) signs |= uint64_t(index[i]) | (uint64_t(size) - 1 - uint64_t(index[i]));
   for (int64_t i = 0; int64_t(signs) < 0 && i < n; ++i)
-    STD_TORCH_CHECK(0 <= index[i] && index[i] < size, "index out of range: ", index[i]);
+    require(0 <= index[i] && index[i] < size, "index out of range: ", index[i]);
 }
 
 // Sorts 0 ... n - 1, i by index[i] in [0, size), by counting: those with value v get the places start[v] ...

@@ -184,9 +184,9 @@ def _opened(path, writes):
                 raise RuntimeError(f"the tape {path} has more sums than the {tape.count} of this run; the next has "
                                    f"{left}")
         finally:
-            if writes and _tape is tape:
+            mine, _tape = _tape is tape, None   # closed before a full disk is found out
+            if writes and mine:
                 tape.flush()
-            _tape = None
 
 
 def record(path):
