@@ -58,6 +58,13 @@ def interrupted(out):
     return 130
 
 
+def out_of_memory(error):
+    """Whether there was too little memory. Of ordered_reduce's operators that is a RuntimeError with PyTorch's words,
+    or before PyTorch 2.13 with the name of what failed."""
+    signs = ("DefaultCPUAllocator", "CUDA out of memory", "aten::new_empty", "aoti_torch_empty_strided")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)
+
+
 def run(main):
     """Exits with the status that main returns, 130 after Ctrl-C while data are loaded or results drawn, or 2 where disk
     or memory are full."""
@@ -66,7 +73,7 @@ def run(main):
     except Unwritable as error:
         fail(f"argument --out: {error}; make room and continue with --resume, or name another directory")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+        if not out_of_memory(error):
             raise
         fail(f"not enough memory ({_line(error)}); try smaller sizes")
     except KeyboardInterrupt:
@@ -360,10 +367,14 @@ def start_run(args, default, may_differ=()):
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    made = [_start_run(args, default, may_differ) if RANK == 0 else None]
-    if PROCESSES > 1:
-        torch.distributed.broadcast_object_list(made)
-    return made[0]
+    made = [None]
+    try:
+        if RANK == 0:
+            made = [_start_run(args, default, may_differ)]
+    finally:   # the others would wait for what the first refuses
+        if PROCESSES > 1:
+            torch.distributed.broadcast_object_list(made)
+    return made[0] or sys.exit(2)
 
 
 def _start_run(args, default, may_differ):

@@ -923,6 +923,10 @@ def train(args, name, seed, data, out):
                 losses.clear()
                 progress.set_postfix(test=f"{row['test_accuracy']:.1f} %", refresh=False)
                 diverged = not (math.isfinite(row["epoch_train_loss"]) and math.isfinite(row["test_loss"]))
+                if processes > 1:   # whose batch norms differ, and so their tests; all of them go on, or none
+                    anywhere = torch.tensor(float(diverged), device=device)
+                    torch.distributed.all_reduce(anywhere)
+                    diverged = anywhere.item() > 0
             rows.append(row)
         else:
             symmetry.watch(step)
@@ -1226,9 +1230,11 @@ def main(argv=None):
             raise
         common.fail(f"argument --batch-size: with {args.batch_size} of images so small a channel of the last stage has "
                     "one value alone, which batch norm cannot normalise; try a larger one")
-    except torch.OutOfMemoryError:
-        common.fail(f"argument --batch-size, --widen: {args.batch_size} images at width {args.widen} do not fit in the "
-                    f"device's memory; try --batch-size {max(1, args.batch_size // 2)}, "
+    except RuntimeError as error:
+        if not common.out_of_memory(error):
+            raise
+        common.fail(f"argument --batch-size, --widen: {args.batch_size} images at width {args.widen} do not fit in "
+                    f"memory; try --batch-size {max(1, args.batch_size // 2)}, "
                     f"--widen {max(1, args.widen // 2)} or --precision bf16")
     if not common.first_process():
         return 0

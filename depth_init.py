@@ -277,7 +277,7 @@ def distributions(model, x, y, names, when):
 
 @torch.no_grad()
 def evaluate(model, images, labels, normalise):
-    """(seeds,) test loss and accuracy [%]."""
+    """(seeds,) test loss and accuracy [%]; None where the loss is not finite: NaN would count as class 0."""
     model.eval()
     total, correct = 0.0, 0
     for x, y in zip(images.split(500), labels.split(500), strict=True):
@@ -285,7 +285,8 @@ def evaluate(model, images, labels, normalise):
         total += F.cross_entropy(logits.transpose(1, 2), y[:, None].expand(-1, model.seeds), reduction="none").sum(0)
         correct += (logits.argmax(2) == y[:, None]).sum(0)
     model.train()
-    return (total / len(labels)).tolist(), (100 * correct / len(labels)).tolist()
+    return (total / len(labels)).tolist(), [100 * right / len(labels) if math.isfinite(loss) else None
+                                            for loss, right in zip(total.tolist(), correct.tolist(), strict=True)]
 
 
 def train(args, arm, lr, data):
@@ -334,26 +335,29 @@ def arm_of(row):
     return Arm(*(row[key] for key in Arm._fields))
 
 
+def diverged(row):
+    return row["test_accuracy"] is None or not math.isfinite(row["train_loss"])
+
+
 def at_best_rate(rows, others=()):
     """The rows, and the others, of each arm's learning rate with the lowest mean training loss in the last epoch. The
     test set has no say in it. A rate at which a seed diverged comes last."""
     last, losses = max(row["epoch"] for row in rows), {}
     for row in rows:
         if row["epoch"] == last:
-            losses.setdefault(arm_of(row), {}).setdefault(row["lr"], []).append(row["train_loss"])
-    best = {arm: min(rates, key=lambda lr: sum(v if math.isfinite(v) else math.inf for v in rates[lr]))
-            for arm, rates in losses.items()}
+            loss = math.inf if diverged(row) else row["train_loss"]
+            losses.setdefault(arm_of(row), {}).setdefault(row["lr"], []).append(loss)
+    best = {arm: min(rates, key=lambda lr: sum(rates[lr])) for arm, rates in losses.items()}
     return tuple([row for row in some if row["lr"] == best[arm_of(row)]] for some in (rows, others))
 
 
 def finals(rows):
-    """{arm: final test accuracies by seed}"""
-    last = max(row["epoch"] for row in rows)
-    found = {}
+    """{arm: final test accuracies by seed}, without the arms of which one has none, since it diverged."""
+    last, found = max(row["epoch"] for row in rows), {}
     for row in rows:
         if row["epoch"] == last:
             found.setdefault(arm_of(row), []).append(row["test_accuracy"])
-    return {arm: np.array(values) for arm, values in found.items()}
+    return {arm: np.array(values) for arm, values in found.items() if None not in values}
 
 
 def claims(rows):
@@ -407,7 +411,8 @@ def draw_figures(rows, layers, config, directory):
     """curves.png: test accuracy and training loss over epochs, mean and 95 % of the seeds; layers.png: mean squares of
     activations and gradients by layer at the start, against the theory where it applies, and the weights' quantiles."""
     plt = common.plot_style()
-    rows, layers = at_best_rate(rows, layers)
+    rates = {arm_of(row): row["lr"] for row in layers}   # which are of the best rate alone
+    rows = [row for row in rows if row["lr"] == rates[arm_of(row)]]
     arms = list(dict.fromkeys(map(arm_of, rows)))
     kinds = list(dict.fromkeys((arm.init, arm.batch_norm) for arm in arms))
     variances = sorted({arm.variance for arm in arms})
@@ -424,7 +429,8 @@ def draw_figures(rows, layers, config, directory):
             mine = [row for row in rows if arm_of(row) == arm]
             for axis, key in zip(axes[:, column], ("test_accuracy", "train_loss"), strict=True):
                 epochs = sorted({row["epoch"] for row in mine if row[key] is not None})
-                values = [[row[key] for row in mine if row["epoch"] == epoch] for epoch in epochs]
+                values = [[row[key] for row in mine if row["epoch"] == epoch and row[key] is not None]
+                          for epoch in epochs]
                 axis.plot(epochs, [np.mean(v) for v in values], **style(arm))
                 axis.fill_between(epochs, *(np.array([np.percentile(v, q) for v in values]) for q in (2.5, 97.5)),
                                   color=style(arm)["color"], alpha=0.12)
@@ -519,11 +525,11 @@ def main(argv=None):
         common.log_to_tensorboard(out, for_tensorboard(rows, layers))
     report(out)
     print(f"\n{out}/: curves.png, layers.png, metrics.csv, layers.csv, summary.json, config.json, done/")
-    diverged = {arm_of(row) for row in at_best_rate(rows)[0] if not math.isfinite(row["train_loss"] or 0)}
-    if diverged:
-        print(f"depth_init.py: diverged: {'; '.join(' '.join(map(str, arm)) for arm in diverged)}; try a smaller --lr",
+    gone = dict.fromkeys(arm_of(row) for row in at_best_rate(rows)[0] if row["epoch"] == args.epochs and diverged(row))
+    if gone:
+        print(f"depth_init.py: diverged: {'; '.join(' '.join(map(str, arm)) for arm in gone)}; try a smaller --lr",
               file=sys.stderr)
-    return 3 if diverged else 0
+    return 3 if gone else 0
 
 
 if __name__ == "__main__":

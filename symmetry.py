@@ -281,9 +281,9 @@ def growth(steps, spreads):
     leap = next((i for i in range(start, min(end + 1, len(spreads))) if spreads[i] > LEAP * spreads[i - 1] > 0), None)
     if leap:
         found["leap"], end = int(steps[leap]), leap
-    if end - start < POINTS:
-        return found
     x, y = steps[start:end], np.log(spreads[start:end])
+    if len(y) < POINTS or not np.ptp(y):
+        return found
     rate, at_0 = np.polyfit(x, y, 1)
     found.update(rate=float(rate), r2=float(1 - (y - at_0 - rate * x).var() / y.var()), fit_from=int(x[0]),
                  fit_to=int(x[-1]))
@@ -306,7 +306,7 @@ def law(summary):
             y = np.array([run["passed"] - run["first_step"] for run in runs])
             slope, at_0 = np.polyfit(x, y, 1)
             slopes.append(float(slope))
-            fits.append(float(1 - (y - at_0 - slope * x).var() / y.var()))
+            fits.append(float(1 - (y - at_0 - slope * x).var() / y.var()) if np.ptp(y) else 0.0)
     steps = common.interval(slopes)
     rate = [1 / value if value and value > 0 else None for value in (steps[0], steps[2], steps[1])]
     return {"steps": steps, "rate": rate, "r2": fits}

@@ -9,6 +9,7 @@ import struct
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import bit_runs
 
@@ -270,3 +271,47 @@ def test_what_does_not_exist_is_one_line_and_exit_2(capsys, tmp_path, arguments,
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and complaint in error and error.count("\n") == 1
     assert not (tmp_path / "a").exists()
+
+
+def test_training_is_plain_sgd_and_tested_on_the_test_images(monkeypatch):
+    images, labels, test_images, test_labels, classes = bit_runs.common.load_data("digits", None)
+    args, states, real = bit_runs.parse_arguments(["--steps", "30", "--device", "cpu"]), [], bit_runs.layer_rows
+    monkeypatch.setattr(bit_runs, "layer_rows", lambda state, **labels: states.append(
+        {name: value.clone() for name, value in state.items()}) or real(state, **labels))
+    _, accuracy = bit_runs.before_and_after(args, [images, labels, test_images, test_labels, classes], 3)
+    model = bit_runs.Network(1, 10)
+    model.load_state_dict(states[0])
+    for name, value in states[0].items():
+        if value.ndim > 1:       # normal, of He's variance
+            fan_in = value[0].numel()
+            assert abs(value.square().mean() * fan_in / 2 - 1) < 5 * (2 / value.numel()) ** 0.5, name
+            assert abs(value.pow(4).mean() * fan_in ** 2 / 4 - 3) < 5 * (96 / value.numel()) ** 0.5, name
+    optimizer, draws = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), torch.Generator().manual_seed(3)
+    for _ in range(30):
+        index = torch.randint(1438, (64,), generator=draws)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[index] / 16), labels[index]).backward()
+        optimizer.step()
+    torch.testing.assert_close(model.state_dict(), states[1], rtol=1e-2, atol=1e-3)
+    right = model.eval()(test_images / 16).argmax(1) == test_labels
+    assert accuracy == pytest.approx(100 * right.double().mean().item(), abs=0.6)
+
+
+def test_what_tells_networks_apart_is_the_root_mean_square_of_weights():
+    rows = [{"arm": arm, "seed": seed, "layer": kind, "type": kind, "bit": 31, "z": z, "p": 0.5} for seed in range(2)
+            for arm, values in (("before", (3.0, 3.0, 9.0)), ("after", (0.0, 5.0, 0.0)))
+            for kind, z in zip(("convolution weight", "fully connected weight", "batch norm bias"), values, strict=True)]
+    found, = (row for row in bit_runs.told_apart(rows) if row["bits"] == "sign")
+    assert (found["area"], found["rms_z_before"], found["rms_z_after"]) == (1, 3, pytest.approx(12.5 ** 0.5))
+
+
+def test_table_3_counts_layers_of_every_seed():
+    rows = [{"seed": seed, "layer": "a", "type": "convolution bias", "bit": 0, "z": 1.0, "p": 0.3} for seed in range(3)]
+    assert bit_runs.table_3(rows)[0]["layers"] == 3
+
+
+def test_pixels_are_between_0_and_1():
+    images = torch.randint(0, 256, (2, 1, 20, 20), dtype=torch.uint8).clamp_(max=254)
+    images[1, 0, 0, 0] = 255                     # the brightest of all images, not of each
+    z = [abs(z) for image in images for *_, z, _ in bit_runs.runs_test(bit_runs.bits_of(image * (1 / 255))) if z is not None]
+    assert bit_runs.image_z(images, 2) == {"images": 2, "pixels": 400, "mean_z": pytest.approx(sum(z) / len(z))}

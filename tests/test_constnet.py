@@ -546,6 +546,22 @@ def test_the_number_of_processes_is_part_of_a_run(tmp_path, run):
     assert run("constnet.py", *arguments, processes=2).returncode == 0
     done = run("constnet.py", *arguments, "--resume")
     assert done.returncode == 2 and "--nproc-per-node 2" in done.stderr
+    done = run("constnet.py", *arguments, processes=2)      # refused by the first process, for whom the second waits
+    assert done.stderr.count("error: argument --out") == 1 and "broadcast" not in done.stderr
+
+
+def test_processes_stop_together_where_one_diverged(tmp_path, run):
+    """Batch norm's statistics, and so the tests, are each process's own."""
+    (tmp_path / "one.py").write_text(f"""import math, sys
+sys.path.insert(0, {str(ROOT)!r})
+import constnet
+evaluate = constnet.evaluate
+constnet.evaluate = lambda *given: evaluate(*given) | ({{"test_loss": math.inf}} if constnet.common.RANK else {{}})
+sys.exit(constnet.main())
+""")
+    done = run(tmp_path / "one.py", *QUICK[2:], "--epochs", 2, "--device", "cpu", "--blocks", 3, "--order", "fixed", "--out",
+               tmp_path / "a", processes=2)
+    assert "diverged" in done.stderr and [arm["diverged"] for arm in results(tmp_path / "a")] == [True], done.stderr
 
 
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
@@ -741,6 +757,18 @@ def test_a_single_value_per_channel_is_one_line(tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2 and re.search("--batch-size.*batch norm", capsys.readouterr().err.splitlines()[-1])
 
 
+@pytest.mark.parametrize("allocate", [
+    lambda: torch.empty(1 << 60),
+    lambda: constnet.ordered_reduce.sum(torch.zeros(1, 1).expand(1 << 45, 2), 1),
+    lambda: constnet.ordered_reduce.sum(torch.zeros(2, 1).expand(2, 1 << 44)),   # a copy
+], ids=["PyTorch", "result", "copy"])
+def test_too_little_memory_names_what_takes_it(tmp_path, monkeypatch, capsys, allocate):
+    monkeypatch.setattr(constnet.common, "work", lambda *_, **__: allocate())
+    with pytest.raises(SystemExit) as stop:
+        constnet.main([*map(str, QUICK), "--out", str(tmp_path / "a")])
+    assert stop.value.code == 2 and "--batch-size, --widen: 200 images" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_another_configuration_and_broken_checkpoints_are_refused(tmp_path, run):
     assert run("constnet.py", *QUICK, "--out", tmp_path / "a").returncode == 0
 
@@ -786,3 +814,80 @@ def test_help_explains_every_argument(monkeypatch, capsys):
     for action in actions:
         assert action.option_strings[-1] in text and action.help
         assert "default" in action.help.lower() or action.nargs == 0 or action.option_strings[-1] in modes, action
+
+
+def test_training_is_plain_sgd_and_tested_on_the_test_images(tmp_path):
+    """With dropout and mixup, whose draws are PyTorch's own after the step's seed."""
+    data = images, labels, test_images, test_labels, _ = constnet.common.load_data("digits", "")
+    args = parsed("--blocks", 3, "--epochs", 3, "--batch-size", 700, "--init", "none", "--order", "fixed", "--dropout", 0.1,
+                  "--mixup", 1, "--device", "cpu")
+    try:
+        found = constnet.train(args_of := constnet.arms(args, [])["fixed"], "fixed", 5, data, tmp_path)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.manual_seed(constnet.draw(5, 0, "weights"))
+    model, normalise = constnet.make_network(args_of, 1, 10), constnet.normaliser(images)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=0.9, weight_decay=5e-4)
+    for epoch in range(3):
+        order = torch.randperm(1438, generator=torch.Generator().manual_seed(constnet.draw(5, epoch, "data")))
+        losses = []
+        for step, chosen in enumerate(order[:1400].split(700), start=2 * epoch):
+            optimizer.param_groups[0]["lr"] = constnet.learning_rate(args, step, 2)
+            torch.manual_seed(constnet.draw(5, step, "step"))
+            share = torch.distributions.Beta(1.0, 1.0).sample()
+            x, y, other = normalise(images[chosen]), labels[chosen], torch.randperm(700)
+            scores = model(share * x + (1 - share) * x[other])
+            loss = share * nn.functional.cross_entropy(scores, y) + (1 - share) * nn.functional.cross_entropy(scores, y[other])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        model.eval()
+        with torch.no_grad():
+            features = model.features(normalise(test_images))
+            scores = model.head(features)
+        model.train()
+        row, = (row for row in found["rows"] if row["epoch"] == epoch + 1)
+        assert row["epoch_train_loss"] == pytest.approx(sum(losses) / 2, rel=1e-3)
+        assert row["test_loss"] == pytest.approx(nn.functional.cross_entropy(scores, test_labels).item(), rel=1e-2)
+        assert row["test_accuracy"] == pytest.approx(100 * (scores.argmax(1) == test_labels).double().mean().item(), abs=0.9)
+        assert row["active"] == pytest.approx(100 * (features != 0).double().mean().item(), abs=0.5)
+    assert found["summary"]["test_accuracy"] == row["test_accuracy"] and found["summary"]["train_loss"] == row["epoch_train_loss"]
+
+
+def test_what_is_pruned_starts_from_the_rewound_weights(tmp_path):
+    data = constnet.common.load_data("digits", "")
+    arm = constnet.arms(parsed("--prune", 0.2, "--device", "cpu"), [])["standard-largest-0.2"]
+    trained, rewound = (constnet.make_network(arm, 1, 10) for _ in "ab")
+    torch.save(trained.state_dict(), tmp_path / "standard-0.pt")
+    torch.save(rewound.state_dict(), tmp_path / "standard-0-rewind.pt")
+    model, masks = constnet.start_network(arm, 0, data, tmp_path)
+    for weight, mask, start in zip(constnet.conv_weights(model), masks, constnet.conv_weights(rewound), strict=True):
+        assert torch.equal(weight, start * mask) and mask.sum() == round(0.2 * mask.numel())
+
+
+def test_signal_of_the_last_layer_by_hand():
+    """A normal form of 64 means over 2x2 places, of which a share is on: 64 share / 4 per image."""
+    data = [torch.randint(0, 256, (256, 3, 8, 8), dtype=torch.uint8), None, None, None, 10]
+    args = parsed("--init", "none", "--batch-size", 256)
+    torch.manual_seed(constnet.draw(0, 0, "weights"))
+    with torch.no_grad():
+        model = constnet.make_network(args, 3, 10)
+        z = model.stages(model.stem(constnet.normaliser(data[0])(data[0])))
+    row = constnet.signal_propagation(args, "standard", 0, data)[-1]
+    assert row["activation"] == pytest.approx(z.square().mean().item(), rel=1e-3)
+    assert row["gradient"] == pytest.approx(64 * (z > 0).double().mean().item() / 4, rel=0.05)
+
+
+def test_mean_and_range_of_the_seeds():
+    rows = [{"epoch": epoch, "y": y} for epoch, y in ((2, 5.0), (1, 1.0), (1, 6.0), (2, None), (1, 2.0))]
+    assert constnet.by_seed(rows, "epoch", "y") == [[1, 2], [3.0, 5.0], [1.0, 5.0], [6.0, 5.0]]
+
+
+def test_a_row_of_table_1_by_hand(tmp_path, capsys):
+    runs = [(0, 90.0, None, {"stem": 1, "conv": 1}), (1, 92.0, 3, {"stem": 16, "conv": 4}), (2, 97.0, 2, {"stem": 16, "conv": 8})]
+    constnet.write_table_1([{"arm": "row8", "seed": seed, "dataset": "digits", "epochs": 1, "test_accuracy": accuracy, "diverged": False,
+                             "symmetry": {"kept": step is None, "first_broken_step": step, "distinct_filters": filters}}
+                            for seed, accuracy, step, filters in runs], tmp_path)
+    half = 4.30 * 13 ** 0.5 / 3 ** 0.5                        # Student's, of 90, 92, 97
+    assert f"| fixed | 10.0 | 93.0 ± {half:.1f} | never, 2, 3 | 1 to 8 |" in capsys.readouterr().out

@@ -230,6 +230,67 @@ def test_the_rate_is_chosen_by_training_loss():
     assert others == [row for row in kept if row["seed"] == 0]
 
 
+@pytest.mark.parametrize("optimizer,normalize", [("adam", ()), ("sgd", ("--normalize",))])
+def test_training_is_plain_and_tested_on_the_test_images(optimizer, normalize):
+    images, labels, test_images, test_labels, classes = common.load_data("digits", None)
+    args, arm = arguments("--layers", 2, "--width", 8, "--seeds", 2, "--epochs", 2, "--batch-size", 500, "--optimizer", optimizer,
+                          *normalize), depth_init.Arm("he normal", "unit", 1.0, "off")
+    rows, _ = depth_init.train(args, arm, 0.01, [images, labels, test_images, test_labels, classes])
+    mean, std = (images.float().mean(), images.float().std()) if normalize else (0, 16)
+    x, test = (images - mean) / std, (test_images - mean) / std
+    model = depth_init.Batched(args, 64, 10, arm)
+    steps = (torch.optim.Adam(model.parameters(), lr=0.01) if optimizer == "adam" else
+             torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
+    for epoch in (1, 2):
+        order, seen = torch.randperm(1438, generator=torch.Generator().manual_seed(epoch)), []
+        for index in order[:1000].split(500):
+            loss = torch.stack([F.cross_entropy(scores, labels[index]) for scores in model(x[index]).unbind(1)])
+            steps.zero_grad()
+            loss.sum().backward()
+            steps.step()
+            seen.append(loss.detach())
+        for row in (row for row in rows if row["epoch"] == epoch):
+            scores = model(test)[:, row["seed"]]
+            assert row["train_loss"] == pytest.approx(torch.stack(seen).mean(0)[row["seed"]].item(), rel=1e-3)
+            assert row["test_loss"] == pytest.approx(F.cross_entropy(scores, test_labels).item(), rel=1e-3)
+            assert row["test_accuracy"] == pytest.approx(100 * (scores.argmax(1) == test_labels).float().mean().item(), abs=0.6)
+
+
+def test_evaluation_uses_running_statistics():
+    model = depth_init.Batched(arguments("--layers", 2, "--seeds", 2), 64, 10, ("he normal", "unit", 1.0, "on"))
+    model(torch.rand(50, 64, 1, 1))
+    x, y = torch.rand(700, 64, 1, 1) * torch.rand(700, 1, 1, 1), torch.randint(0, 10, (700,))
+    loss, accuracy = depth_init.evaluate(model, x, y, lambda x: x)
+    assert model.training
+    scores = model.eval()(x)
+    assert accuracy == pytest.approx((100 * (scores.argmax(2) == y[:, None]).double().mean(0)).tolist(), abs=0.3)
+    assert loss == pytest.approx([F.cross_entropy(scores[:, seed], y).item() for seed in range(2)], rel=1e-4)
+
+
+def final(scaling, *accuracies, init="he normal", variance=22.0):
+    return [{"init": init, "scaling": scaling, "variance": variance, "batch_norm": "off", "seed": seed, "epoch": epoch, "lr": lr,
+             "train_loss": lr, "test_accuracy": accuracy * (epoch == 3) * (lr == 0.1)}
+            for seed, accuracy in enumerate(accuracies) for epoch in (2, 3) for lr in (0.1, 0.2)]
+
+
+def test_claims_are_paired_intervals_at_the_last_epoch_and_best_rate():
+    found = depth_init.summarise(final("increasing", 50.0, 60.0, 90.0) + final("constant", 49.0, 58.0, 87.0)
+                                 + final("constant", 40.0, 41.0, 60.0, init="he uniform"))
+    claims = {(row["claim"], row["worse"].split(" / ")[0]): row for row in found["claims"]}
+    row = claims["increasing beats the others", "he normal"]
+    assert [row[key] for key in ("difference", "low", "high")] == pytest.approx(common.interval([1.0, 2.0, 3.0]))
+    assert row["holds"] == "not decided" and row["low"] < 0
+    assert claims["normal is better than uniform", "he uniform"]["difference"] == pytest.approx((9 + 17 + 27) / 3)
+    assert [arm["test_accuracy"] for arm in found["arms"]] == pytest.approx([200 / 3, 194 / 3, 47])
+
+
+def test_batch_norm_is_asked_about_the_highest_variance():
+    rows = [{"init": "he normal", "scaling": "constant", "variance": variance, "batch_norm": norm, "seed": seed, "epoch": 3,
+             "test_accuracy": 50.0 + seed + variance * (norm == "on")} for variance in (2.0, 22.0) for norm in ("off", "on")
+            for seed in range(4)]
+    assert [row["difference"] for row in depth_init.claims(rows) if "batch" in row["claim"]] == [22.0]
+
+
 # ------------------------------------------------------------------------------------------------------------ the script
 
 QUICK = ("--layers", 3, "--width", 8, "--epochs", 2, "--seeds", 2, "--init", "he normal")
@@ -278,6 +339,17 @@ def test_torchrun_gives_the_same_files(run, tmp_path):
 def test_divergence_keeps_the_rows(run, tmp_path):
     done = run("depth_init.py", *QUICK, "--scaling", "unit", "--lr", 1e20, "--out", tmp_path / "a")
     assert done.returncode == 3 and "diverged" in done.stderr and (tmp_path / "a" / "metrics.csv").exists(), done.stderr
+
+
+def test_what_diverges_in_the_last_step_is_no_accuracy(run, tmp_path):
+    """The training loss is of before the step, and NaN would be an image of class 0."""
+    done = run("depth_init.py", *QUICK, "--scaling", "unit", "constant", "--lr", 1e20, 0.1, "--optimizer", "sgd", "--epochs", 1,
+               "--batch-size", 1438, "--out", tmp_path / "a")
+    rows = depth_init.common.read_csv(tmp_path / "a" / "metrics.csv", ("init", "scaling", "batch_norm"))
+    gone = {(row["scaling"], row["lr"]) for row in rows if row["test_accuracy"] is None}
+    assert gone >= {("unit", 1e20), ("constant", 1e20)} and all(math.isfinite(row["train_loss"]) for row in rows if row["epoch"])
+    left = json.loads((tmp_path / "a" / "summary.json").read_text())["arms"]
+    assert done.returncode == 3 * (len(gone) > 2) and [arm["lr"] for arm in left] == [0.1] * (4 - len(gone))
 
 
 @pytest.mark.parametrize("given,complaint", [

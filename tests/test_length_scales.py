@@ -216,3 +216,52 @@ def test_bad_input_is_one_line_and_exit_2(capsys, given, complaint):
         arguments(*given)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and complaint in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("share,started", [(20, 0), (19, None)])
+def test_a_start_is_the_first_test_with_20_percent_of_the_test_images(share, started):
+    """Of networks that always guess class 0 and 9, which no training image has."""
+    images, test_labels = torch.zeros(100, 1), (torch.arange(100) >= share).long()
+    guess = F.one_hot(torch.tensor([0, 9]), 10)[:, :, None]
+    found = length_scales.steps_to_start([torch.zeros(2, 1, 1)], lambda p, x: p[0] + guess * torch.ones(2, 1, x.shape[2]),
+                                         [images, torch.ones(100).long(), images, test_labels, 10],
+                                         arguments("--cap", 3, "--every", 1), generator())
+    assert found == [started, None]
+
+
+def test_rows_of_known_numbers():
+    row = length_scales.mean_row("lengths", "x", 3, "M_d", range(101))
+    assert (row["mean"], row["low"], row["high"], row["x"]) == (50, 2.5, 97.5, 3)
+    assert row["standard_error"] == pytest.approx(math.sqrt(101 * 102 / 12 / 101))   # variance n (n + 1) / 12 of 1 ... n
+    args = arguments("--cap", 200, "--batch-size", 64)
+    row = length_scales.start_row("start", "x", 3, [10, None, None], args, [torch.zeros(100), None, torch.zeros(7)], x=0.5)
+    assert (row["mean"], row["capped"], row["n"], row["x"]) == (pytest.approx(410 / 3 * 0.64), 2, 3, 0.5)
+
+
+def test_rank_correlation():
+    def rank(x, y):
+        rows = [dict(part="variance", quantity="q", x=a, mean=b, high=-b) for a, b in zip(x, y, strict=True)]
+        return length_scales.correlation(rows, "variance", "q", "x")
+
+    assert rank([1, 2, 9], [1, 5, 6]) == pytest.approx(1) and rank([1, 2, 9], [3, 2, 1]) == pytest.approx(-1)
+    assert rank([1, 2, 3, 4], [7, 7, 8, 9]) == pytest.approx(0.9 ** 0.5)             # ties share their rank
+    assert rank([1, 2, 3], [5, 5, 5]) is None is rank([1, 2], [1, 2])
+
+
+def test_what_is_near_the_theory_and_between_the_bounds():
+    row = dict(part="lengths", quantity="M_d", theory=1.0, standard_error=0.1, bound_low=None)
+    rows = [{**row, "mean": mean} for mean in (0.65, 1.35, 1.5, 0.5)]
+    rows += [{**row, "theory": None, "bound_low": 1.0, "bound_high": 2.0, "mean": mean, "high": 9.0} for mean in (0.9, 1.5, 2.1)]
+    found = length_scales.summarise(rows)
+    assert found["means_within_4_standard_errors_of_theory"] == [2, 4] and found["residual_means_between_the_bounds"] == [1, 3]
+
+
+def test_lengths_are_of_the_last_layer_and_drawn_over_what_explains_them():
+    data = [*random_images(), 10]
+    args = arguments("--parts", "lengths", "--inits", "2x he normal", "--depths", 4, "--draws", 5000, "--cap", 1, "--seeds", 1)
+    (init, depth, rows), = length_scales.part_lengths(args, data)
+    row, = rows(generator(), init, depth)
+    assert row["theory"] == 2 ** 4 and abs(row["mean"] - 16) < 5 * row["standard_error"]
+    for part, setting, depth, x in ((length_scales.part_variance, "constant 5", 30, 6), (length_scales.part_residual, "b = 0.5", 2, 0.75)):
+        rows = {setting: rows for setting, _, rows in part(args, data)}[setting]
+        assert [row["x"] for row in rows(generator(), setting, depth)] == pytest.approx([x, x])

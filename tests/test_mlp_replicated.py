@@ -344,3 +344,53 @@ def test_divergence_keeps_the_metrics(run, tmp_path):
     done = run("mlp_replicated.py", *QUICK, "--lr", 1e30, "--out", tmp_path / "run")
     assert done.returncode == 3 and "diverged" in done.stderr
     assert len(metrics(tmp_path / "run").splitlines()) == 1 + 7 * 3 * len(mlp_replicated.logged_steps(40))
+
+
+def found(errors, contains):
+    row, = [row for row in mlp_replicated.statements(errors) if contains in row["statistic"]]
+    return row
+
+
+def test_errors_are_of_the_last_step_by_seed():
+    def row(features, seed, step, error, dropout=0.0):
+        return dict(width=8, features=features, noise=0.0, dropout=dropout, seed=seed, step=step, test_error=error)
+
+    rows = [row(1, 1, 10, 20.0), row(1, 0, 10, 10.0), row(1, 0, 0, 90.0), row(2, 0, 10, 30.0), row(2, 1, 10, None)]
+    table = mlp_replicated.table_of_errors(rows)       # the second cell lacks a seed, which diverged
+    assert {cell.features: values.tolist() for cell, values in table.items()} == {1: [10.0, 20.0]}
+    cell, = mlp_replicated.summarise(rows, 0)["cells"]
+    assert (cell["test_error"], cell["standard_deviation"]) == (15, pytest.approx(50 ** 0.5))
+
+
+def test_an_interval_is_the_means_and_holds_95_percent():
+    """Of independent seeds: the difference of two means of 200 with deviation 1."""
+    random = np.random.default_rng(1)
+    errors = {(n, k, noise, 0.0): random.standard_normal(200) + 50 for n in (8, 16, 32) for k in (1, 2, 4, 8) for noise in (0.0, 0.1)}
+    row = found(errors, "noise 0 ")
+    assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * (2 / 200 / 3) ** 0.5, rel=0.15)
+
+
+def test_doublings_are_the_first_and_the_last_of_features_with_three_widths():
+    errors = synthetic(lambda n, k, noise: {8: 40, 16: 30, 32: 25, 64: 24}[n] + 100 * (k == 32) * (n == 64))
+    assert found(errors, "first doubling")["value"] == pytest.approx(np.mean([-10] * 4 + [-5]), abs=0.02)   # K = 32 has two widths
+    assert found(errors, "last doubling")["value"] == pytest.approx(-1, abs=0.02)
+
+
+def test_the_better_width_is_not_chosen_on_what_it_is_compared_on():
+    """Widths that differ by chance alone: the lowest of eight means of 40 lies 0.22 below another one, but not on other seeds."""
+    random = np.random.default_rng(0)
+    errors = {(n, k, noise, 0.0): 50 + random.standard_normal(40) for n in (*range(16, 24), 320) for k in range(1, 11)
+              for noise in (0.0, 0.1)}
+    assert abs(found(errors, "narrower")["value"]) < 0.12
+
+
+def test_few_features_are_at_most_a_32nd_of_the_width_and_noise_takes_off_what_it_does():
+    errors = synthetic(lambda n, k, noise: 30 + 5 * (k == 1) * (noise == 0) + (n == 64) * {1: 1, 2: 3}.get(k, 50))
+    assert found(errors, "narrower")["value"] == pytest.approx(2, abs=0.02)
+    assert found(errors, "takes off")["value"] == pytest.approx(5, abs=0.02)
+
+
+def test_statements_are_without_dropout():
+    errors = synthetic(lambda n, k, noise: n)
+    more = {(*cell[:3], 0.5): values + 100 for cell, values in errors.items()}
+    assert mlp_replicated.statements(errors | more) == mlp_replicated.statements(errors)

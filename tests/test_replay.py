@@ -332,6 +332,17 @@ def test_a_tape_of_another_shape_or_dtype_is_refused(path):
             gradient(**other)
 
 
+def test_a_full_disk_closes_the_tape(path, monkeypatch):
+    def full(self):
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"), ordered_reduce.record(path):
+        ordered_reduce.sum(noise(8, 40), 1, order="arrival")
+        monkeypatch.setattr(tape._Recorder, "flush", full)
+    assert not tape.is_open()
+    ordered_reduce.sum(noise(8, 40), 1, order="arrival")
+
+
 @pytest.mark.parametrize("part", [0, 0.5, 1])
 def test_an_interrupt_while_a_tape_is_written_leaves_a_tape(path, monkeypatch, part):
     monkeypatch.setattr(tape, "_WAITING", 1)     # every sum is written at once

@@ -1,11 +1,15 @@
 """symmetry.py: the fit on made-up growth, the spread of known weights, equal arms, and the script from end to end."""
 
+import itertools
 import json
 import math
+import statistics
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import common
 import symmetry
@@ -94,6 +98,7 @@ def test_growth_where_there_is_none():
     assert found["passed"] == 3 and found["rate"] is None
     found = symmetry.growth(range(50), np.exp(-0.1 * np.arange(50)) * 1e-5)   # it shrinks
     assert found["predicted"] is None
+    assert symmetry.growth(range(20), [1e-9] + [5e-9] * 19)["rate"] is None   # it stays
 
 
 def test_spread_of_known_weights():
@@ -317,3 +322,59 @@ def test_bad_input_is_one_line_and_exit_2(capsys, given, complaint):
         arguments(*given)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and complaint in error and error.count("\n") == 1
+
+
+def test_interval_has_students_quantiles():
+    for freedom in range(1, 30):
+        values = list(range(freedom + 1))
+        mean, _, high = common.interval(values)
+        end = (high - mean) / (statistics.stdev(values) / math.sqrt(len(values)))
+        x, scale = np.linspace(-end, end, 100_001), math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2)
+        density = scale / math.sqrt(freedom * math.pi) * (1 + x * x / freedom) ** (-(freedom + 1) / 2)
+        assert density.mean() * 2 * end == pytest.approx(0.95, abs=1e-3), freedom
+
+
+def test_the_law_counts_from_the_first_spread_over_the_noises_that_passed():
+    arms = [arm(str(size), (0.01 * math.exp(-size), 10 * size)) for size in (8, 9, 12)]
+    arms[1]["runs"][0].update(first_step=32, passed=32 + 90)           # parted later: what counts is the time from there
+    more = [arm("censored", (1e-12, 0)), {**arm("layer", (1e-8, 999)), "part": "layers"}]
+    more[0]["runs"][0]["passed"] = None
+    line = symmetry.law(arms + more)
+    assert line["steps"][0] == pytest.approx(10) and line["r2"] == pytest.approx([1])
+    assert symmetry.law(arms[:2])["r2"] == []                          # two points are always on a line
+    assert symmetry.law([arm(str(size), (0.01 * math.exp(-size), 10)) for size in (8, 9, 12)])["r2"] == [0]
+
+
+def test_a_run_that_never_passed_is_in_no_mean_of_its_time():
+    rows = [{"part": "noise", "arm": "a", "seed": seed, "step": step, "spread": 1e-9 * math.exp(rate * step), "mixed": 0}
+            for seed, rate in enumerate((0.2, 0.09)) for step in range(1, 120)]
+    ends = [{"part": "noise", "arm": "a", "seed": seed, "stem": 0.1} for seed in range(2)]
+    found, = symmetry.summarise(rows, ends)["arms"]
+    runs = found["runs"]
+    assert runs[1]["predicted"] > 119 and runs[1]["passed"] is None and (found["broken"], found["parted"]) == (1, 2)
+    assert found["passed"] == [runs[0]["passed"], None, None] and found["predicted"] == [runs[0]["predicted"], None, None]
+    assert found["rate"][0] == pytest.approx((0.2 + 0.09) / 2)
+
+
+@pytest.mark.parametrize("points", [symmetry.POINTS - 1, symmetry.POINTS])
+def test_a_fit_takes_points(points):
+    found = symmetry.growth(range(1, points + 3), [1e-8, *(4e-8 * 2.0 ** i for i in range(points)), 0.5])
+    assert found["rate"] == (pytest.approx(math.log(2)) if points == symmetry.POINTS else None)
+
+
+def test_training_is_plain_sgd():
+    rows, (images, labels, *_) = train({}, "--steps", 7, "--batch-size", 500, seed=3, p=0.1), digits()
+    x, model = (images.float() - images.float().mean()) / images.float().std(), symmetry.Constnet(1, 10, 6)
+    batches, masks = torch.Generator().manual_seed(common.seed_of(3, "batches")), torch.Generator().manual_seed(3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=5e-4)
+    epochs = [torch.randperm(1438, generator=batches).split(500)[:2] for _ in range(4)]
+    for step, chosen in enumerate(itertools.chain(*epochs)):
+        scores = model(x[chosen], lambda x: x * (torch.rand(x.shape, generator=masks) >= 0.1) / 0.9)
+        loss = F.cross_entropy(scores, labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        spread = max(symmetry.spread(module.weight).item() for module in model.modules() if isinstance(module, nn.Conv2d))
+        if step < len(rows):
+            assert rows[step][1:3] == pytest.approx([spread, loss.item()], rel=1e-3), step
+    assert len(rows) > 4
