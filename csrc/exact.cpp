@@ -232,16 +232,15 @@ struct Lanes {
     exponent = 0;
   }
 
-  // ahead: so many numbers after a row stands one that is added next, elsewhere in memory, where the processor would not
-  // look ahead; or 0.
-  template <int ROWS, class T>
-  INLINE void add(const T* const* row, int vectors, int64_t ahead) {
+  // row(k), k < ROWS. ahead: so many numbers after a row stands one that is added next, elsewhere in memory, where the
+  // processor would not look ahead; or 0.
+  template <int ROWS, class T, class Row>
+  INLINE void add(const Row& row, int vectors, int64_t ahead) {
     for (int v = 0; v < vectors; ++v) {
       if (ahead && v * kEach * sizeof(T) % 64 == 0)
-        for (int k = 0; k < ROWS; ++k) __builtin_prefetch(row[k] + v * kEach + ahead);
-      if constexpr (std::is_same_v<T, BFloat16> && ROWS == kStreams) {
-        if (v % 2 == 0 && v + 2 <= vectors &&
-            add_sixteen(ROWS, [&](int k) __attribute__((always_inline)) { return row[k] + v * kEach; }, v)) {
+        for (int k = 0; k < ROWS; ++k) __builtin_prefetch(row(k) + v * kEach + ahead);
+      if constexpr (std::is_same_v<T, BFloat16> && ROWS >= kStreams) {
+        if (v % 2 == 0 && v + 2 <= vectors && add_sixteen<ROWS>(row, v)) {
           ++v;
           continue;
         }
@@ -249,7 +248,7 @@ struct Lanes {
       Doubles s[2] = {sum[v * kFours], kFloat ? sum[v * kFours + 1] : errors[v]};
       Sizes<T> sizes;
       for (int k = 0; k < ROWS; ++k) {
-        const T* x = row[k] + v * kEach;
+        const T* x = row(k) + v * kEach;
         if constexpr (kFloat) add_eight(x, s[0], s[1]);
         else s[1] += add_to(s[0], load(x));
         sizes.note(x);
@@ -259,12 +258,12 @@ struct Lanes {
     }
   }
 
-  // Two vectors of rows, at(k), if floats hold what these add up to.
-  template <class At>
-  INLINE bool add_sixteen(int rows, const At& at, int v) {
+  // Two vectors of these rows, if floats hold what they add up to.
+  template <int ROWS, class Row>
+  INLINE bool add_sixteen(const Row& row, int v) {
     Sixteen<BFloat16> sums;
-    for (int k = 0; k < rows; ++k) sums.add(at(k));
-    if (!sums.exact(rows)) return false;
+    for (int k = 0; k < ROWS; ++k) sums.add(row(k) + v * kEach);
+    if (!sums.exact(ROWS)) return false;
     Doubles* const to = sum + v * kFours;
     to[0] += to_doubles(sums.four<0>()), to[1] += to_doubles(sums.four<1>());
     to[2] += to_doubles(sums.four<2>()), to[3] += to_doubles(sums.four<3>());
@@ -289,20 +288,10 @@ struct Lanes {
     return true;
   }
 
-  INLINE bool add_at_once(const BFloat16* x) {
-    for (int row = 0; row < kRowsAtOnce; row += 16)
-      for (int v = 0; v < 4; v += 2) {
-        const auto at = [&](int k) __attribute__((always_inline)) { return x + (row + k) * 32 + v * 8; };
-        if (!add_sixteen(16, at, v)) {
-          Sizes<BFloat16> sizes;
-          for (int k = 0; k < 16; ++k)
-            for (int u = 0; u < 2; ++u) {
-              add_eight(at(k) + 8 * u, sum[2 * (v + u)], sum[2 * (v + u) + 1]);
-              sizes.note(at(k) + 8 * u);
-            }
-          most[v] = larger(most[v], sizes.most());
-        }
-      }
+  INLINE bool add_at_once(const BFloat16* x) {   // in memory: these are few additions of doubles
+    constexpr int kRows = kRowsAtOnce / 2, kWide = 4 * kEach;
+    for (int half = 0; half < 2; ++half, x += kRows * kWide)
+      add<kRows, BFloat16>([x](int k) __attribute__((always_inline)) { return x + k * kWide; }, 4, 0);
     return true;
   }
 
@@ -623,10 +612,11 @@ struct ExactSum {
         return straight && !across && left >= kRowsAtOnce && t + kRowsAtOnce * lanes <= end &&
                sums.add_at_once(first + t);
       };
-      const auto add = [&](const auto& at) __attribute__((always_inline)) {
+      const auto add = [&](const T* const* at) __attribute__((always_inline)) {
+        const auto row_at = [at](int k) __attribute__((always_inline)) { return at[k]; };
         const int64_t ahead = across && !r.rows && row + 2 * some <= rows ? some * step : 0;
-        if (some == 1) sums.template add<1>(at, vectors, 0);
-        else sums.template add<kStreams>(at, vectors, ahead);
+        if (some == 1) sums.template add<1, T>(row_at, vectors, 0);
+        else sums.template add<kStreams, T>(row_at, vectors, ahead);
       };
       if (add_at_once()) {
         some = kRowsAtOnce;
