@@ -301,7 +301,8 @@ def test_the_theory_is_drawn_where_it_applies(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(depth_init, "theory", lambda arm, *_: drawn.append(arm.batch_norm) or (np.ones(2), np.ones(2)))
     for network, activation, expected in (("fc", "relu", ["off"] * 2), ("conv", "relu", []), ("fc", "tanh", [])):
-        rows = [dict(arm, batch_norm=norm, epoch=1, test_accuracy=10.0, train_loss=1.0) for norm in ("off", "on")]
+        rows = [dict(arm, batch_norm=norm, epoch=1, test_accuracy=10.0, train_loss=1.0, lr=lr) for norm in ("off", "on")
+                for lr in (0.3, 0.1)]    # alike in six digits: the rate is that of layers.csv
         layers = [dict(arm, batch_norm=norm, epoch=0, layer=layer, quantity=quantity, mean_square=1.0,
                        **{f"q{q}": 0.0 for q in (0.01, 0.25, 0.75, 0.99)})
                   for norm in ("off", "on") for layer in (1, 2) for quantity in ("activation", "gradient", "weight")]
