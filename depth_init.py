@@ -519,13 +519,14 @@ def main(argv=None):
         return 0
     rows, layers = ([row for found in done.values() for row in found[i]] for i in (0, 1))
     common.write_csv(out / "metrics.csv", rows)
-    common.write_csv(out / "layers.csv", at_best_rate(rows, layers)[1])
+    best, best_layers = at_best_rate(rows, layers)
+    common.write_csv(out / "layers.csv", best_layers)
     common.write_json(out / "summary.json", summarise(rows))
     if args.tensorboard:
         common.log_to_tensorboard(out, for_tensorboard(rows, layers))
     report(out)
     print(f"\n{out}/: curves.png, layers.png, metrics.csv, layers.csv, summary.json, config.json, done/")
-    gone = dict.fromkeys(arm_of(row) for row in at_best_rate(rows)[0] if row["epoch"] == args.epochs and diverged(row))
+    gone = dict.fromkeys(arm_of(row) for row in best if row["epoch"] == args.epochs and diverged(row))
     if gone:
         print(f"depth_init.py: diverged: {'; '.join(' '.join(map(str, arm)) for arm in gone)}; try a smaller --lr",
               file=sys.stderr)

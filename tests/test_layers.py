@@ -46,6 +46,16 @@ def test_converted_model_computes_the_same(device, order, batch):
         torch.testing.assert_close(got[name], expected[name])
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_same_padding_has_pytorchs_bits(device):
+    """Also where a convolution of padded images would have others."""
+    torch.manual_seed(0)
+    for kernel, dilation in (((7, 7), 2), ((3, 3), 1), ((4, 3), 1), ((2, 5), (2, 1)), ((2, 2), 1)):
+        x, weight = torch.randn(4, 17, 4, 2, device=device), torch.randn(3, 17, *kernel, device=device)
+        expected = F.conv2d(x, weight, padding="same", dilation=dilation)
+        assert torch.equal(ordered_reduce.conv2d(x, weight, padding="same", dilation=dilation), expected), (kernel, dilation)
+
+
 @pytest.mark.parametrize("case", [
     dict(shape=(3, 2, 4, 4), weight=(2, 2, 3, 3), stride=2, padding=1), dict(shape=(3, 4, 3, 2), weight=(2, 2, 3, 1), groups=2),
     dict(shape=(4, 1, 5, 4), weight=(2, 1, 3, 2), dilation=(2, 1), padding=(0, 2)),
