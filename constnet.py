@@ -1193,6 +1193,7 @@ def main(argv=None):
         common.need(arm.order_steps is None or arm.order_steps[0] < steps, "--order-steps", arm.order_steps,
                     f"such that the first is one of a training's {steps} steps")
         try:
+            torch.empty(64 * arm.widen, 64 * arm.widen, 9)   # the largest weight, before the others fill the memory
             model = make_network(arm, images.shape[1], classes)
             ordered_reduce.convert(model, layers=arm.order_layers)
         except ValueError as error:

@@ -20,6 +20,10 @@
 
 #include "ops.h"
 
+#ifdef __linux__
+extern "C" int MKL_Set_Num_Threads_Local(int) __attribute__((weak));   // gives the last one; null if PyTorch has no MKL
+#endif
+
 namespace ordered {
 namespace {
 
@@ -29,8 +33,17 @@ struct OneThread {
   // PyTorch sets the number of a new thread when it first asks for it: that must not happen later.
   const int64_t asked = torch::stable::get_num_threads();
   const int before = omp_get_max_threads();
+  const int of_mkl = set_mkl(1);
   OneThread() { omp_set_num_threads(1); }
-  ~OneThread() { omp_set_num_threads(before); }
+  ~OneThread() { omp_set_num_threads(before), set_mkl(of_mkl); }
+
+  // torch.set_num_threads gives MKL a number of its own, which counts where this is no parallel region.
+  static int set_mkl(int number) {
+#ifdef __linux__
+    if (MKL_Set_Num_Threads_Local) return MKL_Set_Num_Threads_Local(number);
+#endif
+    return 0;
+  }
 #endif
 };
 

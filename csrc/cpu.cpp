@@ -1092,6 +1092,7 @@ struct IndexAdd {
     for (int64_t k = from; k < to; ++k) {
       const int64_t v = s.row(k), first = s.start[k], n = s.start[k + 1] - first;
       if (s.rows) prefetch_row(out + s.row(std::min(k + 8, s.count - 1)) * r.inner);
+      if (s.position && n == 0 && input == out) continue;
       if (s.position && n == 0) copy(v);
       else if (few(n)) s.position ? add_short(v, first, n) : add_few_numbers(v, first, n);
       else if (hot(n)) continue;

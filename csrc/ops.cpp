@@ -175,7 +175,9 @@ Tensor index_add(const Tensor& input, const Tensor& index, const Tensor& source,
     require(places.scalar_type() == ScalarType::Long && places.is_contiguous() && same_device(places, input),
             "index and segments must be contiguous int64 on the device of input");
   const Tensor from = torch::stable::contiguous(input), terms = torch::stable::contiguous(source);
-  Tensor out = empty(sizes, input);
+  // Rows of a copy can be added to there: not single numbers, whose sums are made in the result before input is read.
+  const bool copied = from.const_data_ptr() != input.const_data_ptr();
+  Tensor out = copied && r.inner > 1 && !input.is_cuda() ? from : empty(sizes, input);
   if (!input.is_cuda()) {   // a GPU would have to be waited for: there segments must be what `segments` gave
     check_range(static_cast<const int64_t*>(index.const_data_ptr()), n, size);
     const int64_t* const start = segments ? static_cast<const int64_t*>(segments->const_data_ptr()) : nullptr;

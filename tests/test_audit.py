@@ -4,17 +4,19 @@ import collections
 import copy
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import threading
 import time
+import typing
 
 import numpy as np
 import ordered_reduce
 import pytest
 import torch
 from ordered_reduce import operations
-from ordered_reduce.checks import CHECKS
+from ordered_reduce.checks import CHECKS, channel_dims
 from ordered_reduce.training import _narrowest
 from torch import nn
 from torch.nn import functional as F
@@ -863,3 +865,158 @@ def test_what_is_compiled():
     assert ordered_reduce.audit_training(run, 2)["repeats"] is None and not compiled
     report = ordered_reduce.audit(run()[0], X)
     assert compiled and {row["repeats"] for row in report} == {"yes"} and not failures(report, "error")
+
+
+# ------------------------------------------------------------------------------------------- what must not go unnoticed
+
+
+def test_a_module_runs_under_the_autocast_of_its_call():
+    class Reduced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.jitter = Do(lambda self, x: jitter(self, x) if torch.is_autocast_enabled("cpu") else x,
+                             generator=np.random.default_rng())
+            self.outside = Do(lambda self, x: (seen.add((torch.is_autocast_enabled("cpu"), x.dtype)), x * 1)[1])
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = self.jitter(self.b(self.a(x)))
+                with torch.autocast("cpu", enabled=False):
+                    return self.outside(y.float())
+
+    for outer in (False, True):
+        seen = set()
+        with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+            report = ordered_reduce.audit(Reduced(), X)
+        assert {row["operation"] for row in report if row["repeats"] == "no"} == {"jitter (Do)", "the whole model (Reduced)"}
+        assert not failures(report, "error")
+        assert seen == {(False, torch.float32)}
+
+
+def test_channels_of_layer_norms_are_last():
+    for norm in (nn.LayerNorm(16), nn.RMSNorm(16)):
+        assert channel_dims(norm, torch.ones(2, 3, 4, 16)) == (3,)
+
+
+def test_every_run_has_the_seed():
+    seeds = []
+
+    def make():
+        seeds.append(torch.initial_seed())
+        model = nn.Linear(16, 4)
+        return model, lambda number: model(X).sum().backward()
+
+    ordered_reduce.audit_training(make, 1, seed=7)
+    ordered_reduce.audit(Do(lambda self, x: (seeds.append(torch.initial_seed()), x * 1)[1]), X, seed=7)
+    assert len(seeds) > 8 and set(seeds) == {7}
+
+
+@pytest.mark.parametrize("few", [1, 7])
+def test_two_smaller_batches_are_tried(few):
+    row = ordered_reduce.audit(Do(lambda self, x: x * (ULP if len(x) == few else 1.0)), torch.randn(12, 16))[0]
+    assert row["batch"] == "no" and row["failures"]["batch"][0].startswith(f"{few} of 12 samples")
+
+
+def test_one_case_that_fails_is_enough(monkeypatch):
+    monkeypatch.setitem(operations.OPERATIONS, "planted", (lambda input: torch.cat(
+        [input[:, :1] * (ULP if input.shape[1] == 27 else 1.0), input[:, 1:]], 1), "n c", dict(input="n c")))
+    row = operations.standard("cpu", "planted")[0]
+    assert row["equal channels"] == "no" and len(row["failures"]["equal channels"]) == 1
+
+
+def test_batch_norm_in_evaluation_has_samples():
+    assert [ordered_reduce.audit(m, X)[0]["batch"] for m in (nn.BatchNorm1d(16), nn.BatchNorm1d(16).eval())] == ["-", "yes"]
+
+
+class Pair(typing.NamedTuple):
+    value: torch.Tensor
+    other: torch.Tensor
+
+
+def test_gradients_of_named_tuples_are_watched():
+    first = Do(lambda self, x: Pair(x * self.scale, x.detach()), scale=torch.ones(16))
+    both = Do(lambda self, x: UnequalBackward.apply(self.first(x).value), first=first)
+    found = ordered_reduce.audit_training(symmetric("cpu", extra=[both]), 1)
+    assert found["apart"].items() >= {"step": 0, "module": "6.first", "pass": "gradient of output"}.items()
+
+
+def test_attention_is_watched():
+    generator = torch.Generator()
+    generator.seed()
+
+    class Noisy(nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x)[0] + 1e-6 * torch.randn(1, generator=generator)
+
+    make = plain(lambda: nn.Sequential(Noisy(16, 2), nn.Linear(16, 4)), X)
+    assert ordered_reduce.audit_training(make, 1)["repeats"] == {"step": 0, "module": "0", "pass": "output"}
+
+
+def test_the_models_own_order_is_not_the_windows():
+    quiet = ordered_reduce.audit_training(symmetric("cpu"), 6)["window"]
+    for layers in (["0", "6"], ["2", "4"]):
+        own = symmetric("cpu", lambda model, layers=layers: ordered_reduce.convert(model, "shuffled", seed=1, layers=layers))
+        assert ordered_reduce.audit_training(own, 6)["window"] == quiet
+
+
+def test_the_windows_seed_is_the_calls(monkeypatch):
+    given, convert = [], ordered_reduce.training.convert
+    monkeypatch.setattr(ordered_reduce.training, "convert", lambda model, *arguments, **named: (
+        given.append(arguments[1:]), convert(model, *arguments, **named))[1])
+    ordered_reduce.audit_training(symmetric("cpu"), 2, splits=5, seed=7)
+    assert {some for some in given if some} == {(5, 7)}
+
+
+def test_steps_are_narrowed_for_the_layers_that_are_named():
+    def make():
+        torch.manual_seed(0)
+        model = nn.ModuleDict({name: nn.Linear(8, 16) for name in "ab"})
+        for p in model.parameters():
+            nn.init.constant_(p, 0.1)
+        x, y = torch.randn(24, 8), torch.randn(24, 1)
+
+        def step(number):   # a learns from step 2 on, b from the first
+            model.zero_grad()
+            sum((model[name](x) * y).sum() for name in ("ab" if number >= 2 else "b")).backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 0.1 * p.grad if p.grad is not None else 0
+
+        return model, step
+
+    assert ordered_reduce.audit_training(make, 4)["window"] == {"layers": ["a"], "steps": (2, 3)}
+
+
+@pytest.mark.parametrize("scale", [1, 1e-30, 1e25])
+def test_a_window_of_weights_whose_norm_is_no_number(scale):
+    torch.manual_seed(0)
+    start, x = torch.randn(1, 8), torch.randn(24, 8)
+
+    def make():
+        model = nn.Sequential(nn.Linear(8, 16, bias=False))
+        with torch.no_grad():
+            model[0].weight.copy_((start * scale).expand(16, 8))
+
+        def step(number):
+            model.zero_grad()
+            (model(x).sum() * scale).backward()
+            with torch.no_grad():
+                model[0].weight -= 0.5 * model[0].weight.grad
+
+        return model, step
+
+    assert ordered_reduce.audit_training(make, 2)["window"] == {"layers": ["0"], "steps": (0, 1)}
+
+
+@pytest.mark.parametrize("spread", [-0.1, math.nan, math.inf, "x", None])
+def test_spread_is_checked(spread):
+    with pytest.raises(ValueError, match="spread must be finite and at least 0; got"):
+        ordered_reduce.audit_training(lambda: pytest.fail("it ran"), 1, spread=spread)
+
+
+def test_what_differs_by_design_stays_so():
+    deep = plain(lambda: nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)), X)
+    assert ordered_reduce.audit_training(deep, 1)["apart"] is None
+    make = plain(lambda: nn.Sequential(Do(lambda self, x: x[:, :1] + torch.arange(16) * 1e-6 ** (self.calls - 1)), nn.Linear(16, 4)), X)
+    assert ordered_reduce.audit_training(make, 2)["apart"] is None

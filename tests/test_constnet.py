@@ -23,7 +23,7 @@ from torch import nn
 
 import constnet
 
-QUICK = ("--epochs", 1, "--batch-size", 200, "--splits", 4)   # 7 steps
+QUICK = ("--epochs", 1, "--batch-size", 200, "--splits", 4, "--blocks", 6)   # 7 steps; every kind of layer is there
 
 
 def network(init="abcd", **arguments):
@@ -217,13 +217,13 @@ def test_window_scope_and_layers_place_the_noise(tmp_path, run):
     assert window.returncode == 0 and results(tmp_path / "a")[0]["symmetry"]["first_broken_step"] in (4, 5)
     scope = run("constnet.py", *QUICK, "--order-scope", "tensor", "--out", tmp_path / "b")
     assert scope.returncode == 0 and results(tmp_path / "b")[0]["symmetry"]["kept"]
-    layer = run("constnet.py", *QUICK, "--order-layers", "stages.1.2.conv", "--out", tmp_path / "c")
+    layer = run("constnet.py", *QUICK, "--order-layers", "stages.1.1.conv", "--out", tmp_path / "c")
     assert layer.returncode == 0
-    assert results(tmp_path / "c")[0]["symmetry"]["first_broken_parameter"] == "stages.1.2.conv.weight"
+    assert results(tmp_path / "c")[0]["symmetry"]["first_broken_parameter"] == "stages.1.1.conv.weight"
 
 
 def test_kill_and_resume_ends_with_the_same_bits(tmp_path, run):
-    arguments = ("--order", "fixed", "shuffled", "--epochs", 10, "--batch-size", 200, "--seed", 0, 1)
+    arguments = (*QUICK, "--order", "fixed", "shuffled", "--epochs", 15, "--seed", 0, 1)
     assert run("constnet.py", *arguments, "--out", tmp_path / "whole").returncode == 0
     command = [sys.executable, str(ROOT / "constnet.py"), *map(str, arguments), "--out", str(tmp_path / "cut")]
 
@@ -254,7 +254,7 @@ def test_finished_weights_are_kept(tmp_path, run):
     assert run("constnet.py", *QUICK, "--order", "fixed", "shuffled", "--out", tmp_path / "a").returncode == 0
     for arm in results(tmp_path / "a"):
         weights = torch.load(tmp_path / "a" / f"{arm['order']}-0.pt", weights_only=True)
-        network(channels=1).load_state_dict(weights)
+        network(channels=1, blocks=6).load_state_dict(weights)
         bits = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in weights.values()))
         assert bits.hexdigest() == arm["weights_sha256"]
 
@@ -302,7 +302,7 @@ def test_one_thread_alone_would_not_race(tmp_path):
     try:
         torch.set_num_threads(1)
         constnet.order_additions = watched
-        arguments = ("--blocks", 3, *QUICK, "--device", "cpu", "--order", "fixed", "atomic", "shuffled", "--out", tmp_path / "a")
+        arguments = (*QUICK, "--blocks", 3, "--device", "cpu", "--order", "fixed", "atomic", "shuffled", "--out", tmp_path / "a")
         assert constnet.main(list(map(str, arguments))) == 0 and torch.get_num_threads() == 1
     finally:
         constnet.order_additions = real
@@ -592,7 +592,7 @@ def test_pruned_weights_stay_zero_and_the_rest_starts_as_before(tmp_path, run):
     assert list(found) == ["constnet", "standard", "constnet-largest-0.2", "constnet-random-0.2", "standard-largest-0.2",
                            "standard-random-0.2"]
     weights = {name: torch.load(tmp_path / "a" / f"{name}-0.pt", weights_only=True) for name in found}
-    name = "stages.1.2.conv.weight"
+    name = "stages.1.1.conv.weight"
     kept = weights["standard-largest-0.2"][name] != 0
     dense = weights["standard"][name].abs()
     assert kept.sum() == round(0.2 * kept.numel()) and dense[kept].min() >= dense[~kept].max()
@@ -618,7 +618,8 @@ def test_frozen_parameters_stay(tmp_path, run):
     done = run("constnet.py", *QUICK, "--freeze", "stem.*", "*.shortcut.*", "--nesterov", "--cutout", 2, "--prox", 0.01,
                "--out", tmp_path / "a")
     assert done.returncode == 0, done.stderr
-    trained, start = torch.load(tmp_path / "a" / "shuffled-0.pt", weights_only=True), network(channels=1).state_dict()
+    trained = torch.load(tmp_path / "a" / "shuffled-0.pt", weights_only=True)
+    start = network(channels=1, blocks=6).state_dict()
     changed = {name for name in start if not torch.equal(start[name], trained[name])}
     assert "stages.1.1.conv.weight" in changed
     assert {"stem.weight", "stages.1.0.shortcut.weight"} <= start.keys() - changed

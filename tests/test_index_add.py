@@ -198,7 +198,7 @@ def test_opcheck_gradients_and_compile(device, order):
     (dict(source=torch.ones(2, 5)), RuntimeError, r"source.*\[2, 5\]"), (dict(source=torch.ones(2, 4).double()), RuntimeError, "float64"),
     (dict(input=torch.tensor(1.0), index=torch.zeros(3).long(), source=torch.ones(3)), RuntimeError, r"source.*\[3\]"),
     (dict(input=torch.ones(3), index=torch.tensor([1]), source=torch.tensor(2.0)), RuntimeError, r"source \[\]"),
-    (dict(index=[0, 1]), TypeError, "'index'.*list"), (dict(input=torch.ones(3, 4).long()), NotImplementedError, "input.*int64"),
+    (dict(index=[0, 1]), TypeError, "'index'.*list"), (dict(source=[1.0]), TypeError, "'source'.*list"), (dict(input=torch.ones(3, 4).long()), NotImplementedError, "input.*int64"),
     (dict(source=torch.ones(2, 4, device="meta")), RuntimeError, "meta"), (dict(order="native"), ValueError, "order.*'native'"),
     (dict(order="shuffled", step=torch.tensor(0, device="meta")), RuntimeError, "step on meta and input on cpu"),
     (dict(splits=0), ValueError, "splits.*0"), (dict(order="shuffled", op=-1), ValueError, "op.*-1"),
@@ -290,6 +290,37 @@ def test_embedding_errors_are_pytorchs():
         with pytest.raises(IndexError):
             f(torch.tensor([3]), weight)
         with pytest.raises(AssertionError):
-            f(torch.tensor([0]), weight, 7)
+            f(torch.tensor([0]), weight, 3)
+        with pytest.raises(AssertionError):
+            f(torch.tensor([0]), weight, -4)
+    with pytest.raises(NotImplementedError, match="embedding.*weight.*int64"):
+        ordered_reduce.embedding(torch.tensor([0]), torch.ones(3, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="order.*'x'"):
         ordered_reduce.embedding(torch.tensor([0]), weight, order="x")
+
+
+@pytest.mark.parametrize("padding_idx", [0, -9, 8])
+def test_the_row_of_padding_has_no_gradient(padding_idx):
+    weight, words = torch.randn(9, 5, requires_grad=True), torch.arange(90) % 9
+    got, = torch.autograd.grad(ordered_reduce.embedding(words, weight, padding_idx).sum(), weight)
+    assert torch.equal(got, torch.full((9, 5), 10.0).index_fill(0, torch.tensor(padding_idx % 9), 0))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("rows, n", [(5, 60), (200, 60), (2000, 60)])   # many, some and few of the rows have terms
+def test_rows_of_an_input_that_is_copied(order, rows, n):
+    torch.manual_seed(0)
+    index, source = torch.randint(rows, (n,)), torch.randint(-9, 9, (n, 3)).float()
+    number = torch.randint(-9, 9, (1, 3)).float()
+    for input in (number.expand(rows, 3), torch.randn(3, rows).round().T, torch.randn(2 * rows, 3).round()[::2]):
+        before = input.clone()
+        got = ordered_reduce.index_add(input, 0, index, source, order=order)
+        assert torch.equal(got, before.index_add(0, index, source)) and torch.equal(input, before)
+
+
+def test_forward_derivatives_of_one_argument():
+    index, input, source = torch.tensor([2, 0, 2, 2]), torch.randn(3, 2), torch.randn(4, 2)
+    sums = ordered_reduce.index_add(torch.zeros(3, 2), 0, index, source)
+    for f in (torch.index_add, ordered_reduce.index_add):
+        assert torch.equal(torch.func.jvp(lambda s, f=f: f(input, 0, index, s), (source,), (source,))[1], sums)
+        assert torch.equal(torch.func.jvp(lambda t, f=f: f(t, 0, index, source), (input,), (input,))[1], input)

@@ -475,7 +475,8 @@ def test_linear_keeps_what_its_backward_needs():
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(3, 4, bias=False), lambda: nn.Conv2d(3, 4, 1, bias=False)])
 @pytest.mark.parametrize("of, given", [(torch.float32, torch.int64), (torch.float32, torch.uint8),
-                                       (torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str)
+                                       (torch.bfloat16, torch.float32), (torch.float32, torch.float64),
+                                       (torch.float64, torch.float32), (torch.float64, torch.int64)], ids=str)
 def test_a_wrong_dtype_raises_as_pytorch_does(make, of, given):
     layer = make()
     x = torch.ones(2, 3, *[1] * (layer.weight.ndim - 2)).to(given)
@@ -545,6 +546,13 @@ def test_numbers_of_numpy_and_a_bias_to_broadcast():
     weight, bias = torch.randn(4, 5, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     found = [torch.autograd.grad(f(x, weight, bias).square().sum(), (weight, bias)) for f in (F.linear, ordered_reduce.linear)]
     torch.testing.assert_close(*found)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ordered_reduce.linear(x, weight, bias).dtype == torch.bfloat16
+    grad = torch.randn(5, 4)
+    for arguments in (dict(splits=5), dict(seed=1), dict(step=1), dict(op=1), dict(scope="tensor")):
+        arguments = dict(order="shuffled", splits=4, **arguments) if "splits" not in arguments else arguments
+        got, = torch.autograd.grad(ordered_reduce.linear(x[0, 0], weight, bias, **arguments), weight, grad)
+        assert torch.equal(got, weight_gradient(x[0, 0], weight, grad, **arguments))
 
 
 def test_functional_errors_are_pytorchs():
@@ -555,7 +563,7 @@ def test_functional_errors_are_pytorchs():
         with pytest.raises(RuntimeError, match=r"Expected 3D \(unbatched\) or 4D \(batched\) input"):
             f(torch.randn(5, 5), torch.randn(1, 1, 3, 3))
         for wrong, said in ((dict(padding=(1, 2, 3)), r"padding=\[1, 2, 3\]"), (dict(padding="all"), "padding string: 'all'"),
-                            (dict(padding="same", stride=2), "strided")):
+                            (dict(padding="same", stride=2), "strided"), (dict(padding="same", dilation=(1, 2, 3)), "dilation")):
             with pytest.raises(RuntimeError, match=said):
                 f(x, weight.repeat(1, 2, 1, 1)[:, :3], **wrong)
     for f in (F.linear, ordered_reduce.linear):
@@ -596,3 +604,207 @@ def test_linear_by_keyword_and_what_has_no_batch_to_cut():
     for one in (plain, layer):
         one(x).values().square().sum().backward()
     assert torch.equal(plain.weight.grad, layer.weight.grad)
+
+
+# ------------------------------------------------------------------------------------------- what must not go unnoticed
+
+
+@pytest.mark.parametrize("shape, batch, splits", [((256, 20, 1, 1, 0, 1, 4), 1, 8), ((256, 20, 1, 1, 0, 1, 4), 4, 1)])
+def test_a_group_alone_does_not_depend_on_the_threads_of_mkl(shape, batch, splits):
+    """Which torch.set_num_threads sets beside OpenMP's."""
+    torch.manual_seed(0)
+    conv, before, found = nn.Conv2d(*shape), torch.get_num_threads(), []
+    ordered_reduce.convert(conv, splits=splits)
+    out = conv(torch.randn(batch, shape[0], 56, 56))
+    grad = torch.randn_like(out)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(torch.autograd.grad(out, conv.weight, grad, retain_graph=True)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+def test_a_long_sample_alone_does_not_depend_on_the_threads():
+    torch.manual_seed(0)
+    x, weight, before = torch.randn(1, 1 << 14, 64), torch.randn(256, 64, requires_grad=True), torch.get_num_threads()
+    grad = torch.randn(1, 1 << 14, 256).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ordered_reduce.linear(x, weight)
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(torch.autograd.grad(out, weight, grad, retain_graph=True)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], grad[0].double().T @ x[0].bfloat16().double(), rtol=1e-2, atol=1e-2 * 128,
+                               check_dtype=False)
+
+
+def test_an_exported_program_has_pytorchs_gradients():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x @ self.a.weight + self.b(torch.relu(self.a(x)))
+
+    torch.manual_seed(0)
+    plain, x = Residual(), torch.randn(16, 8)
+    ordered = copy.deepcopy(plain)
+    ordered_reduce.convert(ordered)
+    for model in (plain, ordered):
+        torch.export.export(model, (x,)).module()(x).square().sum().backward()
+    for expected, got in zip(plain.parameters(), ordered.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad)
+
+
+def test_what_would_be_converted_to_no_effect_or_harm_is_left_alone():
+    model = nn.ModuleList([nn.Linear(3, 2), nn.Embedding.from_pretrained(torch.arange(6).view(3, 2)), nn.Linear(3, 2),
+                           nn.Embedding(3, 2, max_norm=1.0), nn.Embedding(3, 2, scale_grad_by_freq=True),
+                           nn.Embedding(3, 2, sparse=True), nn.Embedding(3, 2)])
+    model[0].forward = model[0].forward   # as libraries wrap it
+    assert ordered_reduce.convert(model).layers == ["2", "6"] and type(model[0]) is nn.Linear
+    assert model[1](torch.tensor([1])).tolist() == [[2, 3]]
+    with pytest.raises(ValueError, match="none .subclasses"):
+        ordered_reduce.convert(model[0])
+
+
+def test_a_policy_made_in_inference_mode_steps():
+    with torch.inference_mode():
+        policy = ordered_reduce.convert(network(), "shuffled")
+    policy.step()
+    assert policy.count == policy._step.item() == 1
+
+
+def test_integers_are_refused():
+    x = torch.ones(2, 3, dtype=torch.int64)
+    for f in (F.linear, ordered_reduce.linear):
+        with pytest.raises(RuntimeError):
+            f(x, torch.ones(4, 3, dtype=torch.float64))
+        with pytest.raises(RuntimeError), torch.autocast("cpu", torch.bfloat16):
+            f(x, torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("samples", [3, 0])
+def test_operators_of_fewer_samples_than_splits(samples):
+    x, grad = torch.randn(samples, 6), torch.randn(samples, 4)
+    torch.library.opcheck(torch.ops.ordered_reduce.products.default, (grad, x, 8))
+    if samples:
+        images = torch.randn(samples, 4, 3, 3), torch.randn(samples, 2, 5, 5), torch.randn(4, 2, 3, 3)
+        torch.library.opcheck(torch.ops.ordered_reduce.conv2d_weight_partials.default, (*images, [1, 1], [0, 0], [1, 1], 1, 8))
+
+
+def test_a_large_convolution_in_channel_groups_to_few_pixels():
+    torch.manual_seed(0)
+    x, weight = torch.randn(16, 256, 2, 2), torch.randn(256, 128, 3, 3, requires_grad=True)
+    assert weight.numel() * 4 * 8 > ordered_reduce.layers.BLOCK
+    expected, got = (torch.autograd.grad(f(x, weight, padding=1, groups=2).square().sum(), weight)[0]
+                     for f in (F.conv2d, ordered_reduce.conv2d))
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_bias_gradients_are_in_fixed_order():
+    torch.manual_seed(0)
+    grad, bias = torch.randn(1000, 13), torch.zeros(13, requires_grad=True)
+    for order in ("fixed", "shuffled"):
+        for f, pixel in ((ordered_reduce.linear, ()), (ordered_reduce.conv2d, (1, 1))):
+            out = f(torch.randn(1000, 5, *pixel), torch.randn(13, 5, *pixel), bias, order=order)
+            assert torch.equal(torch.autograd.grad(out, bias, grad.view_as(out))[0], ordered_reduce.sum(grad, 0))
+
+
+def test_a_large_linear_layer_under_autocast():
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(12, 2501), torch.randn(37, 2501, requires_grad=True), torch.randn(12, 37).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ordered_reduce.linear(x, weight, order="shuffled", splits=12)
+    got, = torch.autograd.grad(out, weight, grad)
+    terms = (grad[:, :, None] * x.bfloat16()[:, None]).float().flatten(1)
+    assert terms.numel() * 4 > 2 * ordered_reduce.layers.BLOCK
+    assert torch.equal(got.flatten(), ordered_reduce.sum(terms, 0, order="shuffled", splits=12))
+
+
+def test_a_large_linear_layer_of_no_rows():
+    x, weight = torch.randn(16, 0, 700), torch.randn(900, 700, requires_grad=True)
+    ordered_reduce.linear(x, weight).sum().backward()
+    assert not weight.grad.any()
+
+
+def test_every_layer_checks_its_order_arguments():
+    for f, x, weight in ((ordered_reduce.conv2d, torch.ones(2, 3, 4, 4), torch.ones(4, 3, 1, 1)),
+                         (ordered_reduce.linear, torch.ones(2, 3), torch.ones(4, 3)),
+                         (ordered_reduce.embedding, torch.tensor([0]), torch.ones(4, 3))):
+        for wrong in (dict(order="x"), dict(splits=0), dict(scope="all"), dict(seed=1 << 63), dict(op=-1)):
+            with pytest.raises(ValueError, match=next(iter(wrong))):
+                f(x, weight, **wrong)
+
+
+def test_weights_of_odd_dimensions_are_pytorchs():
+    for f in (F.conv2d, ordered_reduce.conv2d):
+        with pytest.raises(RuntimeError):
+            f(torch.ones(2, 3, 5, 5), torch.ones(4, 3, 3), padding="same")
+    x, weight = torch.randn(6, 5), torch.randn(5, requires_grad=True)
+    assert torch.equal(*(torch.autograd.grad(f(x, weight).sum(), weight)[0] for f in (F.linear, ordered_reduce.linear)))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_linear():
+    plain, x = nn.Linear(6, 4), torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(3, 6)])   # strided
+    layer = copy.deepcopy(plain)
+    ordered_reduce.convert(layer, "shuffled")
+    for one in (plain, layer):
+        torch.nested.to_padded_tensor(one(x), 0.0).square().sum().backward()
+    assert torch.equal(plain.weight.grad, layer.weight.grad)
+
+
+@pytest.mark.parametrize("arguments", [dict(order="shuffled"), dict(noise="gaussian"), dict(noise="flip", flips=20)], ids=str)
+@pytest.mark.parametrize("make, x", [
+    (lambda: nn.Linear(20, 9), torch.ones(64, 20)), (lambda: nn.Conv2d(4, 9, 3), torch.ones(64, 4, 5, 5)),
+    (lambda: nn.Embedding(9, 20), torch.arange(500) % 9)], ids=["linear", "conv", "embedding"])
+def test_equal_layers_have_draws_of_their_own(make, x, arguments):
+    torch.manual_seed(0)
+    x, model = x * torch.rand(x.shape) if x.is_floating_point() else x, nn.ModuleList([make(), make()])
+    model[1].load_state_dict(model[0].state_dict())
+    for chosen in ({}, arguments):
+        ordered_reduce.convert(model, **chosen)
+        grad = torch.randn(model[0](x).shape, generator=torch.Generator().manual_seed(0))
+        first, second = (torch.autograd.grad(layer(x), layer.weight, grad)[0] for layer in model)
+        assert torch.equal(first, second) == (not chosen)
+
+
+def test_policies_and_their_arguments():
+    policy = ordered_reduce.convert(network(), layers=(name for name in ("0", "7")))
+    assert policy.layers == ["0", "7"] and policy.to("cpu") is policy
+    policy.load_state_dict({"step": (1 << 32) - 1})
+    with pytest.raises(ValueError, match="step.*4294967296"):
+        policy.step()
+    assert policy.count == (1 << 32) - 1
+
+
+def test_convert_hands_on_its_arguments():
+    torch.manual_seed(0)
+    x, grad, layer = torch.randn(64, 20), torch.randn(64, 9), nn.Linear(20, 9)
+    for arguments in (dict(splits=16), dict(seed=5), dict(scope="tensor")):
+        ordered_reduce.convert(layer, "shuffled", **arguments).step()
+        got, = torch.autograd.grad(layer(x), layer.weight, grad)
+        assert torch.equal(got, weight_gradient(x, layer.weight, grad, order="shuffled", step=1, **arguments))
+        assert not torch.equal(got, weight_gradient(x, layer.weight, grad, order="shuffled", step=1))
+
+
+@pytest.mark.parametrize("kind, arguments", [("gaussian", dict(seed=5)), ("flip", dict(seed=5)), ("flip", dict(flips=9)),
+                                             ("flip", dict(bit=12)), ("gaussian", dict(ulps=9.0))], ids=str)
+def test_convert_hands_on_its_noise(kind, arguments):
+    torch.manual_seed(0)
+    x, grad, layer = torch.randn(64, 20), torch.randn(64, 9), nn.Linear(20, 9)
+    ordered_reduce.convert(layer, noise=kind, **arguments).step()
+    got, = torch.autograd.grad(layer(x), layer.weight, grad)
+
+    def noisy(**arguments):
+        out = ordered_reduce.linear(x, ordered_reduce.noisy(layer.weight, kind, step=1, **arguments))
+        return torch.autograd.grad(out, layer.weight, grad)[0]
+
+    assert torch.equal(got, noisy(**arguments)) and not torch.equal(got, noisy())

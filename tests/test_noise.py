@@ -342,3 +342,43 @@ def test_embeddings_have_noise_as_well(noise):
         gradients.append(model[0].weight.grad)
     assert torch.equal(gradients[1], gradients[2]) and not torch.equal(gradients[0], gradients[1])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-5)
+
+
+def test_uniforms_are_neither_0_nor_1(monkeypatch):
+    for word in (0, (1 << 32) - 1):
+        monkeypatch.setattr(noise, "_philox", lambda count, *key, word=word: torch.full((4, count), word))
+        u = noise._uniforms(5, 0, 0, 0, "cpu")
+        assert u.shape == (5,) and (u > 0).all() and (u < 1).all()
+
+
+def test_normal_draws_are_independent():
+    n = 1 << 17
+    z = moved(gradient(torch.ones(2 * n), "gaussian", ulps=1e4), torch.ones(2 * n)) / 1e4
+    for a, b in ((z[:n], z[n:]), (z[:-1], z[1:])):
+        for f in (lambda t: t, torch.square):
+            assert abs(float(torch.corrcoef(torch.stack([f(a), f(b)]))[0, 1])) < 5 / math.sqrt(n)
+
+
+def test_flips_reach_every_entry_of_a_large_gradient():
+    at = (gradient(torch.ones(1 << 20), "flip", flips=4096) != 1).nonzero()[:, 0]
+    for divisor in (2, 16):
+        counts = (at % divisor).bincount(minlength=divisor).double()
+        assert (counts - counts.mean()).abs().max() < 6 * math.sqrt(float(counts.mean()))
+
+
+def test_a_flip_by_chance_is_anywhere():
+    values, places = torch.ones(1000), []
+    for step in range(1000):
+        places += (gradient(values, "flip", flips=0.1, step=step) != 1).nonzero()[:, 0].tolist()
+    assert 50 < len(places) < 150 and min(places) < 200 and max(places) > 800
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (dict(noise="normal"), "noise.*'normal'"), (dict(noise="gaussian", ulps=-1), "ulps.*-1"),
+    (dict(noise="flip", flips=math.inf), "flips.*inf"), (dict(noise="flip", bit=1.5), r"bit.*1\.5"),
+    (dict(noise="flip", bit=-1), "bit.*-1"), (dict(noise="flip", bit=32), r"bit.*\[0, 32\).*32")], ids=str)
+def test_noisy_checks_its_arguments(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        ordered_reduce.noisy(torch.ones(2), **arguments)
+    with pytest.raises(RuntimeError, match="step on meta and weight on cpu"):
+        ordered_reduce.noisy(torch.ones(2), "flip", step=torch.tensor(0, device="meta"))

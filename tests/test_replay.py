@@ -1,5 +1,6 @@
 """Order "arrival", and its tapes: hardware's own order of additions, written down and given back."""
 
+import contextlib
 import gzip
 import json
 import math
@@ -452,3 +453,70 @@ def test_other_orders_and_sums_outside_are_not_recorded(path):
             ordered_reduce.sum(x, 0, order=order)
     arrival(x)
     assert sums(path) == []
+
+
+def test_after_an_error_nothing_is_read(path):
+    """Even where the program goes on."""
+    with ordered_reduce.record(path):
+        for width in (40, 50):
+            arrival(noise(64, width))
+    said = "its sum 2 has .* shape .50.*this run's has .* shape .41."
+    with pytest.raises(RuntimeError, match=said), ordered_reduce.replay(path):
+        for width in (40, 41, 50):
+            with contextlib.nullcontext() if width == 40 else pytest.raises(RuntimeError, match=said):
+                arrival(noise(64, width))
+
+
+@pytest.mark.parametrize("groups", [255, 256, 257])
+def test_how_groups_are_numbered(path, groups):
+    tickets, x = torch.randperm(groups, generator=torch.Generator().manual_seed(0))[None], noise(300, 7)
+    with ordered_reduce.record(path):
+        tape.keep(tape.Sum((7,), "float32", 300, groups, 0, 0), tickets)
+    assert len(gzip.decompress(path.read_bytes()).split(b"\n", 1)[1]) == 30 + 8 + groups * (1 if groups <= 256 else 4)
+    with ordered_reduce.replay(path):
+        assert same_bits(arrival(x, splits=groups), by_tickets(x, tickets))
+
+
+def test_a_changed_byte_raises_nothing_else(path):
+    with ordered_reduce.record(path):
+        arrival(noise(8, 40))
+    whole = path.read_bytes()
+    for at in range(len(whole)):     # some bytes say nothing, such as the time
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1:])
+        with contextlib.suppress(RuntimeError, ValueError), ordered_reduce.replay(path):
+            arrival(noise(8, 40))
+
+
+def test_an_unknown_dtype_is_refused(path):
+    with ordered_reduce.record(path):
+        arrival(noise(8, 40))
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    data[data.index(b"\n") + 29] = 9
+    path.write_bytes(gzip.compress(data))
+    with pytest.raises(RuntimeError, match="sum 1 has unknown outputs"), ordered_reduce.replay(path):
+        arrival(noise(8, 40))
+
+
+CHILD = """
+import os, sys, ordered_reduce, torch
+x = torch.ones(64, 5000)
+for opened in (ordered_reduce.record, ordered_reduce.replay):
+    with opened(sys.argv[1]):
+        ordered_reduce.sum(x, 0, order="arrival")
+        child = os.fork()
+        if child:
+            assert os.waitpid(child, 0) == (child, 0)
+            ordered_reduce.sum(x, 0, order="arrival")
+        else:                        # has a tape of its own, and leaves the parent's without an error
+            with ordered_reduce.record(sys.argv[2]):
+                ordered_reduce.sum(x, 0, order="arrival")
+    if not child:
+        os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_may_have_a_tape_of_its_own(path, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", CHILD, str(path), str(tmp_path / "own")], check=True, timeout=120, env=environment)
+    assert len(sums(path)) == 2 and len(sums(tmp_path / "own")) == 1

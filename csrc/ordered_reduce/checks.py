@@ -24,6 +24,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from .layers import WITH_AUTOCAST
+
 CHECKS = ("repeats", "equal channels", "batch", "threads")
 REPEATS = 3   # runs of the same input, unless told otherwise
 TRANSFORMERS = (nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -247,14 +249,25 @@ def rows(operation, device, cases, seed=0, repeats=REPEATS, one=False):
 
 
 class _Then(nn.Module):
-    """(then, ...) -> then(module(...)), both with the tensors that torch.func.functional_call puts into the module."""
+    """(then, ...) -> then(module(...)), both with the tensors that torch.func.functional_call puts into the module,
+    which runs under this autocast."""
 
-    def __init__(self, module):
+    def __init__(self, module, autocast):
         super().__init__()
-        self.module = module
+        self.module, self.autocast = module, autocast
 
     def forward(self, then, /, *args, **kwargs):
-        return then(self.module(*args, **kwargs))
+        with contextlib.ExitStack() as stack:
+            for device, (enabled, dtype) in self.autocast.items():
+                if _autocast()[device] != (enabled, dtype):
+                    stack.enter_context(torch.autocast(device, dtype, enabled))
+            result = self.module(*args, **kwargs)
+        return then(result)
+
+
+def _autocast():
+    """{kind of device: (whether autocast is on there, its dtype)}."""
+    return {device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in WITH_AUTOCAST}
 
 
 def _copy(module):
@@ -276,7 +289,7 @@ def each_once(change, nest):
     return tree_map_only(torch.Tensor, functools.cache(change), nest)
 
 
-def _module_cases(module, args, kwargs, container, weight, gradients):
+def _module_cases(module, args, kwargs, autocast, container, weight, gradients):
     """The Case of a module on this input, of which all that can have one get a gradient, or those that had in its call.
     A generator, so that `rows` reports what even this raises."""
     flat, spec = tree_flatten((args, kwargs))
@@ -313,7 +326,7 @@ def _module_cases(module, args, kwargs, container, weight, gradients):
             for i in at:
                 values[i] = tensors[name]
         args, kwargs = tree_unflatten(values, spec)
-        return torch.func.functional_call(_Then(module), {f"module.{name}": tensors[name] for name in held},
+        return torch.func.functional_call(_Then(module, autocast), {f"module.{name}": tensors[name] for name in held},
                                           (then, *args), kwargs)
 
     def channels(name, t):
@@ -398,7 +411,7 @@ def audit(model, input, *, device=None, seed=0, repeats=REPEATS):
 
     def remember(name, module, args, kwargs):   # within a transform of torch.func there are no tensors to keep
         if name not in calls and not torch._C._are_functorch_transforms_active():
-            calls[name] = each_once(given, (args, kwargs))
+            calls[name] = *each_once(given, (args, kwargs)), _autocast()
 
     modules, hooks = dict(model.named_modules()), []
     try:

@@ -29,14 +29,14 @@ MOST_APART = 64   # partial gradients that one kernel adds where they lie: Apart
 NARROW = 64       # most channels of a convolution whose groups of samples a GPU computes in one call, as channel groups
 BLOCK = 1 << 21   # bytes of a weight's partial gradients beyond which a CPU makes a few rows of them at a time
 # Asked once, since torch.compile of PyTorch 2.11 cannot trace the question.
-_WITH_AUTOCAST = [device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)]
+WITH_AUTOCAST = [device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)]
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
 def _autocast(x, weight, bias):
     """x and bias as autocast would have them, and the dtype in which the weight is to be used."""
     device, used = x.device.type, weight.dtype
-    if device in _WITH_AUTOCAST and torch.is_autocast_enabled(device):
+    if device in WITH_AUTOCAST and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, bias = (t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
                    for t in (x, bias))
@@ -212,6 +212,8 @@ def _row_by_row(grad, x, order):
 def _products(grad, x, splits):
     batch, G = x.shape[0], max(1, min(splits, x.shape[0]))
     rows = x.shape[:-1].numel() // batch if batch else 0    # of a sample
+    if G == 1 and not x.is_cuda and x.dtype.itemsize == 2:   # one such product is cut up by the number of threads
+        return _products(grad.float(), x.float(), 1).to(x.dtype)
     grad, x = _padded(grad, grad.ndim - 1), _padded(x, x.ndim - 1)
     if batch % G == 0:
         return torch.bmm(grad.reshape(G, batch // G * rows, grad.shape[-1]).transpose(1, 2),
@@ -307,7 +309,9 @@ class _Linear(torch.autograd.Function):
         of_x, of_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if of_weight else None, weight if of_x else None)   # what backward needs, as PyTorch
         ctx.order, ctx.used, ctx.dtype, ctx.bias_dtype = order, used, weight.dtype, None if bias is None else bias.dtype
-        return F.linear(x, weight.to(used), bias).detach()   # it may be a view, which could not be changed in place
+        out = F.linear(x, weight.to(used), bias)
+        # It may be a view, which could not be changed in place; but an exported program would lose its gradient.
+        return out if torch.compiler.is_exporting() else out.detach()
 
     @staticmethod
     def backward(ctx, grad):
@@ -342,7 +346,8 @@ def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, o
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     _need_real("conv2d", weight)
     if isinstance(padding, str):
-        if padding not in ("same", "valid") or weight.ndim != 4 or (padding == "same" and _pair(stride) != [1, 1]):
+        if (padding not in ("same", "valid") or weight.ndim != 4
+                or (padding == "same" and (_pair(stride) != [1, 1] or len(_pair(dilation)) != 2))):
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)   # PyTorch's error
         padding, same = 0, padding == "same"
         if same:
@@ -370,7 +375,8 @@ def linear(x, weight, bias=None, *, order="fixed", splits=8, seed=0, step=0, op=
         return F.linear(x, weight, bias)
     _need_real("linear", weight)
     if bias is not None and bias.shape != weight.shape[:1]:   # PyTorch broadcasts it
-        return linear(x, weight, order=order, splits=splits, seed=seed, step=step, op=op, scope=scope) + bias
+        out = linear(x, weight, order=order, splits=splits, seed=seed, step=step, op=op, scope=scope)
+        return out + _autocast(x, weight, bias)[1]
     x, bias, used = _autocast(x, weight, bias)
     batched = x if x.ndim > 1 else x.unsqueeze(0)
     out = _Linear.apply(batched, weight, bias, used, (order, splits, seed, step, op, scope))
@@ -388,10 +394,11 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx, grad):
         input, = ctx.saved_tensors
         names = ("order", "splits", "seed", "step", "op", "scope")
-        grad_weight = index_add(grad.new_zeros(ctx.shape), 0, input.reshape(-1), grad.reshape(-1, ctx.shape[1]),
+        zeros = grad.new_zeros(()).expand(ctx.shape)   # of which index_add makes the result, once
+        grad_weight = index_add(zeros, 0, input.reshape(-1), grad.reshape(-1, ctx.shape[1]),
                                 **dict(zip(names, ctx.order, strict=True)))
         if ctx.padding_idx is not None:
-            grad_weight = torch.select_scatter(grad_weight, grad_weight.new_zeros(ctx.shape[1]), 0, ctx.padding_idx)
+            grad_weight[ctx.padding_idx] = 0
         return None, grad_weight, None, None
 
 
@@ -417,6 +424,8 @@ class Conv2d(nn.Conv2d):
     """nn.Conv2d whose weight gradient follows self.policy; made by `convert`."""
 
     def _conv_forward(self, x, weight, bias):
+        if weight.dtype == torch.float64 != x.dtype:   # noise makes such weights, whose layer is not of float64
+            return super()._conv_forward(x, weight, bias)   # PyTorch's error
         padding = self.padding
         if self.padding_mode != "zeros":   # as nn.Conv2d does: pad first, then none
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
@@ -428,6 +437,8 @@ class Linear(nn.Linear):
     """nn.Linear whose weight gradient follows self.policy; made by `convert`."""
 
     def forward(self, input):
+        if self.weight.dtype == torch.float64 != input.dtype:
+            return super().forward(input)   # PyTorch's error, as above
         return linear(input, self.policy.noisy(self.weight, self.op), self.bias, **self.policy.arguments(self.op))
 
 
@@ -445,6 +456,8 @@ class Embedding(nn.Embedding):
 def _convertible(module):
     """The class that `convert` gives the module, or None."""
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
+        return None
+    if "forward" in vars(module) or (isinstance(module, nn.Embedding) and not module.weight.is_floating_point()):
         return None
     if isinstance(module, (Conv2d, Linear, Embedding)):   # whatever subclass a parametrization has made of it since
         return type(module)
@@ -474,7 +487,8 @@ class Policy:
         self.noise, self.ulps, self.flips, self.bit = noise, ulps, flips, bit
         self.layers = []
         # A tensor, not a number, so that torch.compile does not compile every step anew.
-        self._step = torch.zeros((), dtype=torch.int64, device="cpu")   # wherever `with torch.device` makes the model
+        with torch.inference_mode(False):   # wherever the model is made: it changes, on the CPU
+            self._step = torch.zeros((), dtype=torch.int64, device="cpu")
         self.load_state_dict({"step": 0})
 
     def step(self):
@@ -499,8 +513,8 @@ class Policy:
         check_integer("step", state["step"])
         if not 0 <= state["step"] < 1 << 32:
             raise ValueError(f"step must lie in [0, 2**32); got {state['step']}")
+        self._step.fill_(state["step"])
         self.count = state["step"]
-        self._step.fill_(self.count)
         inside = self.steps is None or self.steps[0] <= self.count < self.steps[1]
         self.now, self.noise_now = (self.order, self.noise) if inside else ("fixed", None)
 
@@ -541,7 +555,8 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
     Args:
       model: any nn.Module. Subclasses of these layers, parametrized layers among them, are left alone, for they may
         compute something else; so are lazy layers that have not seen a batch, weights that no such layer applies (in
-        attention, recurrent layers), and embeddings with max_norm, scale_grad_by_freq or sparse. A layer that the
+        attention, recurrent layers), embeddings with max_norm, scale_grad_by_freq or sparse or of integers, and layers
+        whose forward a library has replaced. A layer that the
         model does not call, but whose weight it hands to a function (as torchvision's Swin does in its attention, and
         weight tying may), is converted to no effect.
       order: "fixed", "shuffled", "atomic", "exact" (but for embeddings, of partial gradients that are rounded),
@@ -575,7 +590,7 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
         if not any(match(names, pattern) for names in candidates.values()):
             known = ", ".join(itertools.chain(*candidates.values())) or "none"
             raise ValueError(f"layers matches no layer: {pattern!r}; the model's layers that can be converted are: "
-                             f"{known}")
+                             f"{known} (subclasses, parametrized and lazy layers are left alone)")
     chosen = [(op, names[0], module) for op, (module, names) in enumerate(candidates.items())
               if any(match(names, pattern) for pattern in patterns)]
     embeddings = [name for _, name, module in chosen if isinstance(module, nn.Embedding)]

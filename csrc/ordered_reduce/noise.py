@@ -131,8 +131,9 @@ def noisy(weight, noise, *, ulps=1.0, flips=1.0, bit=0, seed=0, step=0, op=0):
       seed, step, op: 64-bit, 32-bit, 32-bit keys of the draws; step may be a one-element int64 tensor.
 
     But for flips, zero, infinite and NaN entries stay what they are: zeros in any order add up to zero, too. (CPU and
-    GPU may differ in the last float64 bit of a normal draw, which changes a rounding once in about 2**50 draws.) Raises
-    ValueError for noise, ulps, flips, bit, seed or op, NotImplementedError for the weight's dtype.
+    GPU may differ in the last float64 bit of a normal draw, which changes a rounding once in about 2**50 draws.) A
+    batched backward pass (is_grads_batched=True) has no flips. Raises ValueError for noise, ulps, flips, bit, seed or
+    op, NotImplementedError for the weight's dtype.
     """
     check_noise(noise, ulps, flips, bit)
     check_key(seed, op)

@@ -241,7 +241,8 @@ def index_add(input, dim, index, source, *, order="fixed", splits=8, seed=0, ste
     The terms of one row of the result (one index along dim) are the rows of source with that index, in source's order.
     They are reduced as `sum` would reduce them over dim, with as many groups, and what that gives, rounded to the
     dtype, is added to the row of input: input + sum. A row without terms is input's. The draws of "shuffled" are keyed
-    by an output's position in the result with dim moved to the front.
+    by an output's position in the result with dim moved to the front. (Along another dimension than the first, input
+    and source are copied, which on a CPU may take several times as long as torch.index_add.)
 
     Args:
       input: floating-point tensor of any shape and strides, with one dimension at least.

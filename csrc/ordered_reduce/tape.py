@@ -85,6 +85,7 @@ class _Player:
 
     def __init__(self, path, file):
         self.path, self.file, self.count, self.lock = path, gzip.GzipFile(fileobj=file), 0, threading.Lock()
+        self.failed = None   # why, from where on the rest of the file means nothing
         try:
             header = json.loads(self._bytes())
         except (RuntimeError, ValueError) as error:
@@ -113,21 +114,38 @@ class _Player:
 
     def read(self, entry, tickets):
         with self.lock:
-            recorded = self.read_entry()
-            if recorded is None:
-                raise RuntimeError(f"the tape {self.path} ends after {self.count} sums, but this run makes another: "
-                                   f"{entry}")
-            if recorded != entry:
-                raise RuntimeError(f"the tape {self.path} is of another model, batch size, number of splits or course "
-                                   f"of training: its sum {self.count + 1} has {recorded}; this run's has {entry}")
-            number = _number(entry.groups)
-            data = self._bytes(tickets.numel() * number.itemsize)
-            given = torch.from_numpy(np.frombuffer(data, number).astype(np.int32)).view(tickets.shape)
-            if not torch.equal(given.sort(1)[0], torch.arange(entry.groups, dtype=torch.int32).expand_as(given)):
-                raise RuntimeError(f"the tape {self.path} is broken in sum {self.count + 1}: its tickets are not a "
-                                   f"permutation of {entry.groups} groups")
-            tickets.copy_(given)
+            if self.failed:
+                raise RuntimeError(self.failed)
+            try:
+                tickets.copy_(self._read(entry, tickets))
+            except BaseException as error:
+                self.failed = str(error) or f"the replay of {self.path} was interrupted in sum {self.count + 1}"
+                raise
             self.count += 1
+
+    def _read(self, entry, tickets):
+        recorded = self.read_entry()
+        if recorded is None:
+            raise RuntimeError(f"the tape {self.path} ends after {self.count} sums, but this run makes another: "
+                               f"{entry}")
+        if recorded != entry:
+            raise RuntimeError(f"the tape {self.path} is of another model, batch size, number of splits or course of "
+                               f"training: its sum {self.count + 1} has {recorded}; this run's has {entry}")
+        number = _number(entry.groups)
+        data = self._bytes(tickets.numel() * number.itemsize)
+        given = torch.from_numpy(np.frombuffer(data, number).astype(np.int32)).view(tickets.shape)
+        if not torch.equal(given.sort(1)[0], torch.arange(entry.groups, dtype=torch.int32).expand_as(given)):
+            raise RuntimeError(f"the tape {self.path} is broken in sum {self.count + 1}: its tickets are not a "
+                               f"permutation of {entry.groups} groups")
+        return given
+
+    def finish(self):
+        """After a run that raised nothing: raises where a sum of it failed, or the tape holds more."""
+        if self.failed:
+            raise RuntimeError(self.failed)
+        if (left := self.read_entry()) is not None:
+            raise RuntimeError(f"the tape {self.path} has more sums than the {self.count} of this run; the next has "
+                               f"{left}")
 
 
 def is_open():
@@ -180,9 +198,8 @@ def _opened(path, writes):
         _tape = tape = (_Recorder if writes else _Player)(path, file)
         try:
             yield
-            if not writes and _tape is tape and (left := tape.read_entry()) is not None:
-                raise RuntimeError(f"the tape {path} has more sums than the {tape.count} of this run; the next has "
-                                   f"{left}")
+            if not writes and _tape is tape:
+                tape.finish()
         finally:
             mine, _tape = _tape is tape, None   # closed before a full disk is found out
             if writes and mine:
@@ -209,10 +226,12 @@ def replay(path):
 
     The run repeats bit for bit only where PyTorch's own kernels, forward and backward, give the same bits again: the
     tape holds orders, not the numbers that are added. From the same start, where they do, other numbers of threads and
-    other kinds of device make no difference, provided that the same sums are made in the same sequence.
+    other kinds of device make no difference, provided that the same sums are made in the same sequence (which models
+    that train in several threads at once do not do).
 
     Raises ValueError where the file is no tape, OSError where it cannot be read, RuntimeError at the first sum that
     differs from the tape's in shape, dtype, terms (samples of the batch), groups, op or step, where the tape ends
-    early, is broken, or holds more sums than were made, and where a tape is open already.
+    early, is broken, or holds more sums than were made, and where a tape is open already. After one such error all
+    later sums raise it again, and so does the end of the `with`.
     """
     return _opened(path, False)

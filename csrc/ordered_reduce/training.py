@@ -169,8 +169,10 @@ def _smallest_window(make, steps, order, splits, seed, spread):
         return {name: p.detach() for name, p in model.named_parameters()}
 
     def apart(t, dim):
-        mean = t.mean(dim, keepdim=True)
-        return not same_bits(t, first_channel(t, dim)) and ((t - mean).norm() / t.norm()).item() >= spread
+        differ = not same_bits(t, first_channel(t, dim))
+        if not differ or not spread:   # norms of very small and very large numbers say nothing
+            return differ
+        return ((t - t.mean(dim, keepdim=True)).norm() / t.norm()).item() >= spread
 
     with seeded(seed):
         names = [name for name, module in make()[0].named_modules() if _convertible(module)
