@@ -101,6 +101,20 @@ def index_adds():
                          "times_torch": round(1 / ratio, 3), "milliseconds": round(ours * 1e3, 3),
                          "torch_milliseconds": round(theirs * 1e3, 3)})
             print(rows[-1], flush=True)
+    last = torch.zeros(256, 1000), 1, torch.randint(1000, (10000,)), torch.randn(256, 10000)
+    cases = [("index_add fixed, 10000 numbers into 1000 along the last of 256 x 1000",
+              lambda: ordered_reduce.index_add(*last), lambda: torch.index_add(*last))]
+    for n, size, width in ((1024, 50000, 256), (8192, 50000, 64), (8192, 1000, 256)):
+        words, grad = torch.randint(size, (n,)), torch.randn(n, width)
+        weight = torch.randn(size, width, requires_grad=True)
+        sides = [functools.partial(torch.autograd.grad, f(words, weight), weight, grad, retain_graph=True)
+                 for f in (ordered_reduce.embedding, F.embedding)]
+        cases.append((f"backward of embedding fixed, {n} of {size} rows of {width}", *sides))
+    for what, *sides in cases:
+        ratio, ours, theirs = compare(*sides, seconds=1)
+        rows.append({"what": what, "times_torch": round(1 / ratio, 3), "milliseconds": round(ours * 1e3, 3),
+                     "torch_milliseconds": round(theirs * 1e3, 3)})
+        print(rows[-1], flush=True)
     return rows
 
 
