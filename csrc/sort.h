@@ -64,7 +64,7 @@ void sort(const int64_t* index, int64_t n, int64_t size, int64_t* start, const I
   const int64_t threads = std::min<int64_t>(kPieces, torch::stable::get_num_threads());
   if (n >= int64_t{1} << 32) sort_by<int64_t>(index, n, size, start, item, to);
   else if (n >= std::max(kMany, kRun * kPieces * size)) sort_pieces<4>(index, n, size, kPieces, start, item, to);
-  else if (threads > 1 && n >= std::max(kMany, 2 * threads * size))
+  else if (threads > 1 && n >= std::max(4 * kMany, 2 * threads * size))   // they write to the same lines
     sort_pieces<1>(index, n, size, threads, start, item, to);
   else sort_by<uint32_t>(index, n, size, start, item, to);   // more counts fit into the cache
 }

@@ -73,7 +73,7 @@ def test_a_row_is_the_sum_of_its_terms(device, dtype, order):
     (3000, 20000, 3, 0), (3000, 20000, 3, 1000), (3000, 20000, 1, 1000), (40000, 200000, 8, 36000),   # few of the rows
     (39000, 10000, 1, 0), (3000, 1000, 1, 500), (2000, 2000, 1, 2000), (2000, 2000, 1, 2),              # single numbers
     (70003, 17, 1, 0), (70003, 17, 2, 0), (65536, 32, 2, 0), (1, 5, 1, 0),                            # many of a row
-    (70000, 2000, 1, 0), (70000, 2000, 2, 30000)])                                                      # some
+    (140000, 4000, 1, 0), (140000, 4000, 2, 30000)])                                                    # some
 def test_however_the_cpu_sorts(dtype, order, n, rows, width, hot):
     """The same bits as with an index that is sorted already, and as sum's. hot: so many terms have one index."""
     index = torch.randint(rows, (n,), generator=torch.Generator().manual_seed(n))
