@@ -672,6 +672,9 @@ def test_what_would_be_converted_to_no_effect_or_harm_is_left_alone():
     assert model[1](torch.tensor([1])).tolist() == [[2, 3]]
     with pytest.raises(ValueError, match="none .subclasses"):
         ordered_reduce.convert(model[0])
+    model[2].forward = model[2].forward   # of the converted layer: it follows its policy
+    policy = ordered_reduce.convert(model, "shuffled")
+    assert policy.layers == ["2", "6"] and model[2].policy is policy
 
 
 def test_a_policy_made_in_inference_mode_steps():

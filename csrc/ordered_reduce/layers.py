@@ -457,10 +457,10 @@ def _convertible(module):
     """The class that `convert` gives the module, or None."""
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
         return None
-    if "forward" in vars(module) or (isinstance(module, nn.Embedding) and not module.weight.is_floating_point()):
-        return None
     if isinstance(module, (Conv2d, Linear, Embedding)):   # whatever subclass a parametrization has made of it since
         return type(module)
+    if "forward" in vars(module) or (isinstance(module, nn.Embedding) and not module.weight.is_floating_point()):
+        return None
     return {nn.Conv2d: Conv2d, nn.Linear: Linear, nn.Embedding: Embedding}.get(type(module))
 
 
@@ -556,9 +556,8 @@ def convert(model, order="fixed", splits=8, seed=0, scope="output", layers="*", 
       model: any nn.Module. Subclasses of these layers, parametrized layers among them, are left alone, for they may
         compute something else; so are lazy layers that have not seen a batch, weights that no such layer applies (in
         attention, recurrent layers), embeddings with max_norm, scale_grad_by_freq or sparse or of integers, and layers
-        whose forward a library has replaced. A layer that the
-        model does not call, but whose weight it hands to a function (as torchvision's Swin does in its attention, and
-        weight tying may), is converted to no effect.
+        whose forward a library has replaced. A layer that the model does not call, but whose weight it hands to a
+        function (as torchvision's Swin does in its attention, and weight tying may), is converted to no effect.
       order: "fixed", "shuffled", "atomic", "exact" (but for embeddings, of partial gradients that are rounded),
         "arrival" (not for embeddings) or "native" (PyTorch's own gradient).
       splits, seed, scope: as in `ordered_reduce.sum`; a batch smaller than splits makes fewer groups.
