@@ -70,7 +70,7 @@ def parse_arguments(argv=None):
     common.check_common(args)
     need = common.need
     common.at_least_1(args, "images", "seeds", "steps", "batch_size")
-    need(math.isfinite(args.lr) and args.lr > 0, "--lr", args.lr, "finite and positive")
+    need(0 < args.lr <= torch.finfo(torch.float32).max, "--lr", args.lr, "positive, and finite in float32")
     need(args.checkpoint != "", "--checkpoint", "''", "the name of a file")
     need(not (args.checkpoint and args.model), "--model", args.model, "given without --checkpoint")
     need(args.model or not args.weights, "--weights", args.weights, "given with --model")
@@ -183,9 +183,11 @@ def torchvision_state(name, weights):
         return build(weights=weights, **backbone).state_dict()   # whose backbone would be a trained one otherwise
     except (KeyError, ValueError) as error:
         common.fail(f"argument --weights: {name} has no weights {weights!r} ({error}); try DEFAULT")
-    except OSError as error:
-        common.fail(f"argument --weights: they could not be downloaded ({error}); save them elsewhere and use "
-                    "--checkpoint")
+    except Exception as error:   # damaged files raise anything
+        if not weights:
+            raise
+        common.fail(f"argument --weights: they could not be downloaded, or are damaged in {torch.hub.get_dir()} "
+                    f"({' '.join(str(error).split())[:200]}); save them elsewhere and use --checkpoint")
 
 
 class Network(nn.Module):

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import pathlib
-import pickle
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # as torchrun sets them
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))   # as torchrun sets them
+RANK = int(os.environ.get("RANK", 0)) if PROCESSES > 1 else 0
 DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagefolder")
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # its 97.5 % points, by degrees of freedom
 NO_CUDA = ("ordered_reduce was built without CUDA kernels (put nvcc on PATH and `pip install -e csrc "
@@ -45,10 +45,11 @@ def need(good, option, value, valid):
 
 
 def at_least_1(args, *names):
-    """Fails unless these arguments, numbers or lists of numbers, are at least 1."""
+    """Fails unless these arguments, numbers or lists of numbers, are at least 1, and no more than a tensor can have."""
     for name in names:
         value = getattr(args, name)
-        need((min(value) if isinstance(value, list) else value) >= 1, f"--{name}", value, "at least 1")
+        numbers = value if isinstance(value, list) else [value]
+        need(min(numbers) >= 1 and max(numbers) < 1 << 31, f"--{name}", value, "at least 1, and below 2**31")
 
 
 def interrupted(out):
@@ -186,12 +187,15 @@ def _load_data(dataset, data_dir, image_size):
     for train in (True, False):
         try:
             data = getattr(datasets, name)(data_dir, train=train, download=True)
-        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        except Exception as error:   # damaged files raise anything
             fail(f"argument --data-dir: {dataset} in {data_dir} is missing or damaged and could not be downloaded "
                  f"({_line(error)}); delete damaged files, or name the folder that holds it")
-        images = torch.as_tensor(data.data)
+        images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets).long()
+        if len(images) != len(labels) or not 0 <= labels.min() <= labels.max() < CLASSES[dataset]:
+            fail(f"argument --data-dir: the images and labels of {dataset} in {data_dir} do not belong together; "
+                 "delete them, or name the folder that holds it")
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-        split += [images.contiguous(), torch.as_tensor(data.targets).long()]
+        split += [images.contiguous(), labels]
     return *split, CLASSES[dataset]
 
 
@@ -247,8 +251,8 @@ def _image_folder(root, image_size):
         data[::2] = [images[:, :1].contiguous() for images in data[::2]]
     try:
         save_atomically(cache, lambda path: torch.save({"data": data}, path))
-    except OSError:
-        print(f"note: {root} is not writable, so the decoded images are not cached", file=sys.stderr)
+    except OSError as error:
+        print(f"note: the decoded images are not cached ({_line(error)})", file=sys.stderr)
     return *data, len(splits[0].classes)
 
 
@@ -313,7 +317,9 @@ def finished_run(directory):
         sys.exit(0)
     try:
         yield pathlib.Path(directory)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except Unwritable as error:
+        fail(f"argument --plot-only: {error}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
         fail(f"argument --plot-only: {directory} holds no finished run, or a damaged one ({_line(error)})")
 
 
@@ -330,18 +336,20 @@ def run_directory(out, default, resume):
     """The directory of this run: out, or default with -2, -3, ... where that exists; a new run never writes into an old
     one's. With resume it is out, or the newest of the default ones."""
     path = pathlib.Path(out or default)
-    taken = [path, *path.parent.glob(f"{path.name}-[0-9]*")] if not out else [path]
-    taken = sorted((old for old in taken if (old / "config.json").exists()),   # --plot-only leaves that file alone
-                   key=lambda old: os.path.getmtime(old / "config.json"))
-    if resume:
-        return taken[-1] if taken else fail(f"argument --resume: there is no run to continue in {path}; leave --resume "
-                                            "out to start one")
-    if out and (taken or any((path / kept).exists() for kept in ("done", "seeds"))):
-        fail(f"argument --out: {path} holds a run already; add --resume to continue it, or name another directory")
-    number = 2
-    while not out and path.exists():
-        path, number = pathlib.Path(f"{default}-{number}"), number + 1
     try:
+        taken = [path, *path.parent.glob(f"{path.name}-[0-9]*")] if not out else [path]
+        taken = sorted((old for old in taken if (old / "config.json").exists()),   # --plot-only leaves that file alone
+                       key=lambda old: os.path.getmtime(old / "config.json"))
+        if out and not taken and any((path / kept).exists() for kept in ("done", "seeds")):
+            fail(f"argument --out: {path} holds results, but no config.json that says of what; name another directory")
+        if resume:
+            return taken[-1] if taken else fail(f"argument --resume: there is no run to continue in {path}; leave "
+                                                "--resume out to start one")
+        if out and taken:
+            fail(f"argument --out: {path} holds a run already; add --resume to continue it, or name another directory")
+        number = 2
+        while not out and path.exists():
+            path, number = pathlib.Path(f"{default}-{number}"), number + 1
         path.mkdir(parents=True, exist_ok=True)
         (path / ".writable").touch()
         (path / ".writable").unlink()

@@ -809,11 +809,12 @@ def train(args, name, seed, data, out):
     checkpoint = out / f"{run}-checkpoint.pt"
     if checkpoint.exists():
         state = common.load_checkpoint(checkpoint, "--resume")
+        if "diverged" not in state:
+            common.fail(f"argument --resume: {checkpoint} is none, or of an older version; delete it to train this arm "
+                        "anew")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds, rows, losses = state["step"], state["seconds"], state["rows"], state["losses"]
-        if "diverged" not in state:
-            common.fail(f"argument --resume: {checkpoint} is of an older version; delete it to train this arm anew")
         symmetry.first_broken, diverged, logged = state["first_broken"], state["diverged"], state["logged"]
     else:
         rows.append({"arm": name, "seed": seed, "step": step, "epoch": step / steps_per_epoch,

@@ -103,7 +103,7 @@ def check_arguments(args):
     need(all(0 <= noise <= 1 for noise in args.noise), "--noise", args.noise, "in [0, 1]")
     need(all(0 <= dropout < 1 for dropout in args.dropout), "--dropout", args.dropout, "in [0, 1)")
     common.at_least_1(args, "seeds", "steps", "batch_size")
-    need(math.isfinite(args.lr) and args.lr >= 0, "--lr", args.lr, "finite and at least 0")
+    need(0 <= args.lr <= torch.finfo(torch.float32).max, "--lr", args.lr, "at least 0, and finite in float32")
     orders = ("native", "fixed", "shuffled", "atomic")
     need(args.order in orders, "--order", repr(args.order), f"one of {', '.join(orders)}")
     need(args.splits >= 1 and (args.batch_size % args.splits == 0 or args.order == "native"), "--splits", args.splits,

@@ -92,7 +92,7 @@ def parse_arguments(argv=None):
     need(min(args.bit_steps) >= 0, "--bit-steps", args.bit_steps, "at least 0")
     need(all(0 <= p < 1 for p in args.dropout), "--dropout", args.dropout, "in [0, 1)")
     need(args.blocks >= 3 and args.blocks % 3 == 0, "--blocks", args.blocks, "a positive multiple of 3")
-    need(math.isfinite(args.lr) and args.lr > 0, "--lr", args.lr, "finite and positive")
+    need(0 < args.lr <= torch.finfo(torch.float32).max, "--lr", args.lr, "positive, and finite in float32")
     for name in ("splits", "gaussian", "bit_steps", "dropout", "windows"):
         values = [f"{value:g}" if name == "dropout" else value for value in getattr(args, name)]   # arms' names
         need(len(set(values)) == len(values), f"--{name}", " ".join(map(str, values)), "different values")

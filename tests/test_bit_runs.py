@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision import models
 
 import bit_runs
 
@@ -253,6 +254,7 @@ def test_code_in_a_checkpoint_is_not_run(run, tmp_path):
     (["--weights", "DEFAULT"], "--weights"), (["--checkpoint", ""], "--checkpoint"),
     (["--model", "resnet18", "--checkpoint", "x"], "without --checkpoint"),
     (["--seeds", 0], "--seeds"), (["--steps", 0], "--steps"), (["--images", 0], "--images"), (["--lr", "nan"], "--lr"),
+    (["--lr", 1e39], "--lr"), (["--batch-size", 1 << 31], "--batch-size"),
     (["--dataset", "imagenet"], "--dataset"),
 ])
 def test_bad_arguments_are_one_line_and_exit_2(capsys, arguments, complaint):
@@ -315,3 +317,15 @@ def test_pixels_are_between_0_and_1():
     images[1, 0, 0, 0] = 255                     # the brightest of all images, not of each
     z = [abs(z) for image in images for *_, z, _ in bit_runs.runs_test(bit_runs.bits_of(image * (1 / 255))) if z is not None]
     assert bit_runs.image_z(images, 2) == {"images": 2, "pixels": 400, "mean_z": pytest.approx(sum(z) / len(z))}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("PytorchStreamReader failed\nreading zip archive"), EOFError(), OSError("no net")], ids=repr)
+def test_weights_that_cannot_be_read_are_one_line(monkeypatch, capsys, error):
+    def build(weights, weights_backbone=None):
+        raise error
+
+    monkeypatch.setattr(models, "get_model_builder", lambda name: build)
+    with pytest.raises(SystemExit) as stop:
+        bit_runs.torchvision_state("resnet18", "DEFAULT")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "--weights" in said and "--checkpoint" in said and len(said.splitlines()) == 1

@@ -734,7 +734,7 @@ BAD = [
     (("--arch", "leakynet", "--init", "ab"), "--init.*left out"), (("--layer-init", "h_hhhh_hhhh_hhhh"), "--layer-init.*left out"),
     (("--leakynet-study", "--layer-init", "h_hhhh_hhhh_hhhh"), "--layer-init.*left out"), (("--lr", 1e39), "--lr.*float32"),
     (("--mixup", 1e-50), "--mixup.*0.001"), (("--image-size", 5), "--image-size.*imagefolder"), (("--widen", 1000000), "--widen.*memory"),
-    (("--cutout", 10**21), "--cutout"),
+    (("--cutout", 10**21), "--cutout"), (("--batch-size", 10**21), "--batch-size"), (("--widen", 10**21), "--widen"),
 ]
 
 

@@ -1,9 +1,11 @@
 """common.py: its loaders, on small files in the original formats, its run directory, and the pieces of a run."""
 
 import argparse
+import csv
 import gzip
 import hashlib
 import os
+import pathlib
 import pickle
 import struct
 
@@ -70,7 +72,7 @@ def test_damaged_cifar_is_one_line(cifar, tmp_path, capsys, monkeypatch, damage)
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
-def test_idx_files(tmp_path, name):
+def test_idx_files(tmp_path, capsys, name):
     raw = tmp_path / {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}[name] / "raw"
     raw.mkdir(parents=True)
     expected = []
@@ -85,10 +87,18 @@ def test_idx_files(tmp_path, name):
         expected += [images[:, None], labels]
     got = common.load_data(name, tmp_path)
     assert all(np.array_equal(a.numpy(), b) for a, b in zip(got[:4], expected, strict=True))
-    (raw / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03\0\0\0\x05short")
-    with pytest.raises(SystemExit) as stop:
-        common.load_data(name, tmp_path)
-    assert stop.value.code == 2
+    images, labels = (raw / f"t10k-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
+    whole, right = (gzip.decompress(pathlib.Path(f"{path}.gz").read_bytes()) for path in (images, labels))
+    for wrong_images, wrong_labels, said in (
+            (b"\0\0\x08\x03\0\0\0\x05short", right, "damaged"), (gzip.compress(whole), right, "damaged"),
+            (whole, b"<html>", "damaged"), (whole, right[:-1] + b"\xc8", "do not belong together"),
+            (b"\0\0\x08\x03" + struct.pack(">iii", len(right) - 9, 28, 28) + bytes(784 * (len(right) - 9)), right,
+             "do not belong together")):
+        images.write_bytes(wrong_images), labels.write_bytes(wrong_labels)
+        with pytest.raises(SystemExit) as stop:
+            common.load_data(name, tmp_path)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and said in error and len(error.splitlines()) == 1
 
 
 def test_digits():
@@ -182,9 +192,17 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, capsys):
 @pytest.mark.parametrize("kept", ["done", "seeds"])
 def test_results_of_another_run_are_not_taken_for_new(tmp_path, capsys, kept):
     (tmp_path / kept).mkdir()
+    for resume in (False, True):
+        with pytest.raises(SystemExit) as stop:
+            common.run_directory(tmp_path, "", resume)
+        assert stop.value.code == 2 and "no config.json" in capsys.readouterr().err
+    (tmp_path / "config.json").touch()
     with pytest.raises(SystemExit) as stop:
         common.run_directory(tmp_path, "", False)
     assert stop.value.code == 2 and "holds a run already" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        common.run_directory(tmp_path / ("a" * 300), "", False)
+    assert stop.value.code == 2 and "cannot write into" in capsys.readouterr().err
 
 
 def test_the_newest_run_is_not_the_one_drawn_last(tmp_path):
@@ -240,6 +258,15 @@ def test_one_process_draws_again(monkeypatch):
     with pytest.raises(SystemExit) as stop, common.finished_run("anywhere"):
         raise AssertionError
     assert stop.value.code == 0
+
+
+@pytest.mark.parametrize("error, said", [(csv.Error("field larger than field limit"), "damaged"),
+                                         (common.Unwritable("a.png could not be written"), "--plot-only: a.png")])
+def test_what_hinders_a_drawing_is_one_line(capsys, error, said):
+    with pytest.raises(SystemExit) as stop, common.finished_run("anywhere"):
+        raise error
+    found = capsys.readouterr().err
+    assert stop.value.code == 2 and said in found and len(found.splitlines()) == 1
 
 
 def test_ctrl_c_outside_of_training_is_one_line(capsys):

@@ -294,7 +294,7 @@ def test_six_digits_of_a_probability_count(tmp_path, run):
     (["--noise", "nan"], "--noise"),
     (["--dropout", 1], "--dropout"),
     (["--seeds", 0], "--seeds"),
-    (["--steps", 0], "--steps"),
+    (["--steps", 0], "--steps"), (["--lr", 1e39], "--lr"),
     (["--widths", 8, 8], "different"),
     (["--order", "random"], "fixed, shuffled, atomic"),
     (["--order", "fixed", "--splits", 7], "divisor"),

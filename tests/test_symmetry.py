@@ -315,6 +315,7 @@ def test_a_recorded_run_that_diverges_is_replayed_all_the_same():
     (["--gaussian", 40], "--gaussian"), (["--bit-steps", -1], "--bit-steps"), (["--bit-layer", "x"], "stages.1.0.conv"),
     (["--dropout", 1], "--dropout"), (["--windows", "3"], "--windows"), (["--windows", "3:3"], "--windows"),
     (["--blocks", 4], "--blocks"), (["--seeds", 0], "--seeds"), (["--steps", 0], "--steps"), (["--lr", "nan"], "--lr"),
+    (["--lr", 1e39], "--lr"),
     (["--dataset", "imagenet"], "--dataset"),
 ])
 def test_bad_input_is_one_line_and_exit_2(capsys, given, complaint):
