@@ -190,14 +190,18 @@ Tensor conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, std::vector<
               weight.scalar_type() == x.scalar_type(),
           "conv2d_weight_partials: shapes, dtypes or splits do not match");
   Shape s{x.size(1), grad.size(1), groups};
+  double framed = double(x.numel());   // numbers of x and its padding
   for (int i = 0; i < 2; ++i) {
     s.image[i] = x.size(2 + i), s.kernel[i] = weight.size(2 + i), s.pixels[i] = grad.size(2 + i);
     s.stride[i] = stride.at(i), s.padding[i] = padding.at(i), s.dilation[i] = dilation.at(i);
-    require(s.stride[i] > 0 && s.padding[i] >= 0 && s.dilation[i] > 0 &&
+    framed *= 1 + 2.0 * double(s.padding[i]) / double(std::max<int64_t>(1, s.image[i]));
+    const int64_t most = std::max({s.image[i], s.kernel[i], s.pixels[i], s.stride[i], s.padding[i], s.dilation[i]});
+    require(most < int64_t{1} << 31 && s.stride[i] > 0 && s.padding[i] >= 0 && s.dilation[i] > 0 &&
                 (s.pixels[i] - 1) * s.stride[i] + (s.kernel[i] - 1) * s.dilation[i] <
                     s.image[i] + 2 * s.padding[i],
             "conv2d_weight_partials: this is no convolution's shape of grad");
   }
+  require(framed < 1e18, "conv2d_weight_partials: the padding is too large");
   const int64_t G = std::min(splits, x.size(0)), pixels = s.pixels[0] * s.pixels[1];
   const Groups samples(x.size(0), G);
   // On small images a product is faster than the library's convolution, a call of which costs tens of microseconds.
@@ -217,6 +221,8 @@ Tensor conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, std::vector<
     if (out > s.out) grad = torch::stable::pad(grad, {0, 0, 0, 0, 0, out - s.out});
     if (in > s.in) x = torch::stable::pad(x, {0, 0, 0, 0, 0, in - s.in});
     weight = torch::stable::new_empty(weight, {out, in, s.kernel[0], s.kernel[1]});
+  } else if (x.element_size() == 2) {   // channels-last, the library reads memory there that nothing has been written to
+    grad = torch::stable::contiguous(grad), x = torch::stable::contiguous(x);
   }
   std::vector<Tensor> grads, inputs;   // views that are made here, where no gradient is recorded
   for (int64_t g = 0; g < G; ++g) {
@@ -259,7 +265,7 @@ Tensor linear_weight(Tensor grad, Tensor x, int64_t splits, int64_t order, bool 
   Reduction r = ordered(order, per_output, seed, step, op, x);
   r.terms = r.groups = std::min(splits, x.size(0));
   const Groups samples(x.size(0), r.groups);
-  const int64_t fit = kBytes / int64_t(r.groups * wide * x.element_size()) / kRows * kRows;
+  const int64_t fit = kBytes / r.groups / wide / int64_t(x.element_size()) / kRows * kRows;
   const int64_t height = std::clamp(fit, kRows, high);
   r.inner = in, r.outer_stride = wide, r.inner_stride = 1, r.term_stride = height * wide;
   if (high > out) grad = torch::stable::pad(grad, {0, high - out});

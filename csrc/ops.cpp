@@ -114,6 +114,7 @@ Tensor reduce(Launch launch, Reduction r, const Tensor& x, int64_t dims, bool ke
   r.inner = inner.size, r.inner_stride = inner.stride;
   r.terms = term.size, r.term_stride = term.stride;
   r.groups = std::min(splits, r.terms);   // a group without terms has nothing to add
+  require(r.order == Order::exact || r.groups < int64_t{1} << 31, "splits: more than 2**31 groups");
   if (tickets) {
     require(tickets->scalar_type() == ScalarType::Int && tickets->is_contiguous() &&
                 tickets->numel() == r.stretches() * r.groups && same_device(*tickets, x),

@@ -811,3 +811,29 @@ def test_convert_hands_on_its_noise(kind, arguments):
         return torch.autograd.grad(out, layer.weight, grad)[0]
 
     assert torch.equal(got, noisy(**arguments)) and not torch.equal(got, noisy())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_channels_last_groups_read_no_memory_that_nothing_was_written_to(dtype):
+    """As a kernel of PyTorch's does there."""
+    torch.manual_seed(1)
+    x, weight, grad = (torch.randn(shape).to(dtype).to(memory_format=torch.channels_last)
+                       for shape in ((3, 4, 3, 1), (32, 2, 2, 2), (3, 32, 1, 1)))
+    out, found = ordered_reduce.conv2d(x, weight.requires_grad_(), stride=(3, 2), padding=(0, 1), groups=2, splits=1), set()
+    for _ in range(60):
+        dirty = [torch.full((n,), 3e30) for n in (64, 256, 1000, 4000)]
+        del dirty
+        got, = torch.autograd.grad(out, weight, grad, retain_graph=True)
+        found.add(got.float().numpy().tobytes())
+    assert len(found) == 1 and got.abs().max() < 100
+
+
+@pytest.mark.parametrize("arguments", [
+    ((4, 5, 1, 1), (4, 3, 2, 2), (5, 3, 1, 1), [1, 1], [2**31 - 1] * 2, [1, 1]),
+    ((4, 5, 3, 3), (4, 3, 7, 7), (5, 3, 3, 3), [2**62 + 10**9, 1], [0, 0], [1, 1]),
+    ((4, 5, 3, 3), (4, 3, 7, 7), (5, 3, 3, 3), [1, 1], [0, 0], [1, 2**62]),
+    ((4, 5, 1, 1), (4, 3, 7, 7), (5, 3, 3, 3), [1, 1], [2**63 - 1, 0], [1, 1])])
+def test_no_number_is_too_large_for_the_shape_of_a_convolution(arguments):
+    tensors, numbers = map(torch.ones, arguments[:3]), arguments[3:]
+    with pytest.raises(RuntimeError, match="convolution's shape|too large"):
+        torch.ops.ordered_reduce.conv2d_weight_partials(*tensors, *numbers, 1, 2)
