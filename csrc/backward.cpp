@@ -223,6 +223,7 @@ Tensor conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, std::vector<
     weight = torch::stable::new_empty(weight, {out, in, s.kernel[0], s.kernel[1]});
   } else if (x.element_size() == 2) {   // channels-last, the library reads memory there that nothing has been written to
     grad = torch::stable::contiguous(grad), x = torch::stable::contiguous(x);
+    weight = torch::stable::new_empty(weight, {s.out, x.size(1) / groups, s.kernel[0], s.kernel[1]});
   }
   std::vector<Tensor> grads, inputs;   // views that are made here, where no gradient is recorded
   for (int64_t g = 0; g < G; ++g) {

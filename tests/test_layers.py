@@ -814,11 +814,13 @@ def test_convert_hands_on_its_noise(kind, arguments):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_channels_last_groups_read_no_memory_that_nothing_was_written_to(dtype):
+@pytest.mark.parametrize("format_of_weight", [torch.channels_last, torch.contiguous_format])
+def test_half_channels_last_groups_read_no_memory_that_nothing_was_written_to(dtype, format_of_weight):
     """As a kernel of PyTorch's does there."""
     torch.manual_seed(1)
     x, weight, grad = (torch.randn(shape).to(dtype).to(memory_format=torch.channels_last)
                        for shape in ((3, 4, 3, 1), (32, 2, 2, 2), (3, 32, 1, 1)))
+    weight = weight.contiguous(memory_format=format_of_weight)
     out, found = ordered_reduce.conv2d(x, weight.requires_grad_(), stride=(3, 2), padding=(0, 1), groups=2, splits=1), set()
     for _ in range(60):
         dirty = [torch.full((n,), 3e30) for n in (64, 256, 1000, 4000)]
