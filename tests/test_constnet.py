@@ -175,7 +175,8 @@ def test_the_order_alone_decides(tmp_path, run):
     for arm in (shuffled, atomic) if torch.get_num_threads() > 1 else (shuffled,):
         assert not arm["symmetry"]["kept"] and arm["symmetry"]["first_broken_step"] >= 1
         assert arm["symmetry"]["first_broken_parameter"].endswith(".weight")
-        assert max(arm["symmetry"]["distinct_filters"].values()) > 16
+        most = max(arm["symmetry"]["distinct_filters"].values())
+        assert most > (16 if arm is shuffled else 1)      # a race parts as many as it happens to
     with open(tmp_path / "a" / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["arm"], int(row["step"])) for row in rows] == [(arm, step) for arm in ("fixed", "shuffled", "atomic")
