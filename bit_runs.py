@@ -187,7 +187,7 @@ def torchvision_state(name, weights):
         if not weights:
             raise
         common.fail(f"argument --weights: they could not be downloaded, or are damaged in {torch.hub.get_dir()} "
-                    f"({' '.join(str(error).split())[:200]}); save them elsewhere and use --checkpoint")
+                    f"({common.one_line(error)}); save them elsewhere and use --checkpoint")
 
 
 class Network(nn.Module):

@@ -76,7 +76,7 @@ def run(main):
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        fail(f"not enough memory ({_line(error)}); try smaller sizes")
+        fail(f"not enough memory ({one_line(error)}); try smaller sizes")
     except KeyboardInterrupt:
         print(f"\n{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -189,7 +189,7 @@ def _load_data(dataset, data_dir, image_size):
             data = getattr(datasets, name)(data_dir, train=train, download=True)
         except Exception as error:   # damaged files raise anything
             fail(f"argument --data-dir: {dataset} in {data_dir} is missing or damaged and could not be downloaded "
-                 f"({_line(error)}); delete damaged files, or name the folder that holds it")
+                 f"({one_line(error)}); delete damaged files, or name the folder that holds it")
         images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets).long()
         if len(images) != len(labels) or not 0 <= labels.min() <= labels.max() < CLASSES[dataset]:
             fail(f"argument --data-dir: the images and labels of {dataset} in {data_dir} do not belong together; "
@@ -221,7 +221,8 @@ def _image_folder(root, image_size):
     try:
         splits = [datasets.ImageFolder(root / part, loader=_open_image) for part in ("train", "test")]
     except (OSError, RuntimeError) as error:
-        fail(f"argument --data-dir: imagefolder needs {root}/train/<class>/ and {root}/test/<class>/ ({_line(error)})")
+        fail(f"argument --data-dir: imagefolder needs {root}/train/<class>/ and {root}/test/<class>/ "
+             f"({one_line(error)})")
     if splits[0].classes != splits[1].classes:
         fail(f"argument --data-dir: {root}/train and {root}/test must hold the same classes")
     files = [path for split in splits for path, _ in split.samples]
@@ -229,7 +230,7 @@ def _image_folder(root, image_size):
         size = (image_size, image_size) if image_size else splits[0].loader(files[0]).size[::-1]
         stamp = "mixed" + "".join(f"{path}{os.stat(path).st_size}{os.stat(path).st_mtime_ns}" for path in files)
     except Exception as error:   # Pillow's, of broken files, are of many kinds
-        fail(f"argument --data-dir: an image in {root} cannot be read ({_line(error)})")
+        fail(f"argument --data-dir: an image in {root} cannot be read ({one_line(error)})")
     stamp = hashlib.sha256(os.fsencode(stamp)).hexdigest()[:16]
     cache = root / f"imagefolder-{size[0]}x{size[1]}-{stamp}.pt"
     if cache.exists():
@@ -244,7 +245,7 @@ def _image_folder(root, image_size):
             try:
                 images[i] = pil_to_tensor(split.loader(path).resize(size[::-1]))
             except Exception as error:
-                fail(f"argument --data-dir: {path} is no readable image ({_line(error)})")
+                fail(f"argument --data-dir: {path} is no readable image ({one_line(error)})")
         mixed = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
         data += [images[mixed], torch.tensor(split.targets)[mixed]]
     if all((images == images[:, :1]).all() for images in data[::2]):   # grey images have one channel
@@ -252,11 +253,11 @@ def _image_folder(root, image_size):
     try:
         save_atomically(cache, lambda path: torch.save({"data": data}, path))
     except OSError as error:
-        print(f"note: the decoded images are not cached ({_line(error)})", file=sys.stderr)
+        print(f"note: the decoded images are not cached ({one_line(error)})", file=sys.stderr)
     return *data, len(splits[0].classes)
 
 
-def _line(error):
+def one_line(error):
     """An exception as part of one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
@@ -273,7 +274,7 @@ def save_atomically(path, write):
     except (OSError, RuntimeError) as error:   # the latter is torch.save's
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise Unwritable(f"{path} could not be written ({_line(error)})") from error
+        raise Unwritable(f"{path} could not be written ({one_line(error)})") from error
 
 
 def write_json(path, value):
@@ -320,7 +321,7 @@ def finished_run(directory):
     except Unwritable as error:
         fail(f"argument --plot-only: {error}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
-        fail(f"argument --plot-only: {directory} holds no finished run, or a damaged one ({_line(error)})")
+        fail(f"argument --plot-only: {directory} holds no finished run, or a damaged one ({one_line(error)})")
 
 
 def load_checkpoint(path, argument):
@@ -328,7 +329,7 @@ def load_checkpoint(path, argument):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:   # a file of another kind can raise anything
-        fail(f"argument {argument}: {path} is missing, truncated or no checkpoint ({_line(error)})"
+        fail(f"argument {argument}: {path} is missing, truncated or no checkpoint ({one_line(error)})"
              + "; delete it to start anew" * (argument != "--checkpoint"))
 
 
@@ -354,7 +355,7 @@ def run_directory(out, default, resume):
         (path / ".writable").touch()
         (path / ".writable").unlink()
     except OSError as error:
-        fail(f"argument --out: cannot write into {path} ({_line(error)}); name another directory")
+        fail(f"argument --out: cannot write into {path} ({one_line(error)}); name another directory")
     return path
 
 
@@ -363,7 +364,7 @@ def arguments_of(directory):
     try:
         return dict(json.loads((directory / "config.json").read_text())["arguments"])
     except (OSError, ValueError, LookupError, TypeError) as error:
-        return fail(f"argument --resume: {directory / 'config.json'} is damaged ({_line(error)}); start another run")
+        return fail(f"argument --resume: {directory / 'config.json'} is damaged ({one_line(error)}); start another run")
 
 
 def start_run(args, default, may_differ=()):
@@ -437,7 +438,7 @@ def work(pieces, do, out, workers=1, share=True):
             if not found[name]:
                 raise ValueError("it is empty")
         except ValueError as error:
-            fail(f"argument --resume: {path} is damaged ({_line(error)}); delete it to have it worked out again")
+            fail(f"argument --resume: {path} is damaged ({one_line(error)}); delete it to have it worked out again")
     return found
 
 

@@ -88,22 +88,18 @@ def exact():
 
 
 def index_adds():
-    rows = []
+    rows, cases = [], []
     for n, size, width in ((1 << 16, 10000, 64), (1 << 16, 10000, 16), (1 << 16, 10000, 256), (1 << 16, 1 << 16, 64),
                            (1 << 12, 1 << 16, 64), (1 << 16, 4, 64), (1 << 16, 1, 512), (1 << 16, 10000, 1),
                            (1 << 20, 100000, 1), (1 << 16, 1 << 16, 1), (1 << 16, 4, 1)):
         shape = (width,) if width > 1 else ()
-        index, source, input = torch.randint(size, (n,)), torch.randn(n, *shape), torch.zeros(size, *shape)
-        for order in ("fixed", "shuffled", "atomic", "exact"):
-            ratio, ours, theirs = compare(lambda: ordered_reduce.index_add(input, 0, index, source, order=order),
-                                          lambda: torch.index_add(input, 0, index, source), seconds=1)
-            rows.append({"what": f"index_add {order}, {n} rows of {width} into {size}",
-                         "times_torch": round(1 / ratio, 3), "milliseconds": round(ours * 1e3, 3),
-                         "torch_milliseconds": round(theirs * 1e3, 3)})
-            print(rows[-1], flush=True)
+        given = torch.zeros(size, *shape), 0, torch.randint(size, (n,)), torch.randn(n, *shape)
+        cases += [(f"index_add {order}, {n} rows of {width} into {size}",
+                   functools.partial(ordered_reduce.index_add, *given, order=order),
+                   functools.partial(torch.index_add, *given)) for order in ("fixed", "shuffled", "atomic", "exact")]
     last = torch.zeros(256, 1000), 1, torch.randint(1000, (10000,)), torch.randn(256, 10000)
-    cases = [("index_add fixed, 10000 numbers into 1000 along the last of 256 x 1000",
-              lambda: ordered_reduce.index_add(*last), lambda: torch.index_add(*last))]
+    cases.append(("index_add fixed, 10000 numbers into 1000 along the last of 256 x 1000",
+                  lambda: ordered_reduce.index_add(*last), lambda: torch.index_add(*last)))
     for n, size, width in ((1024, 50000, 256), (8192, 50000, 64), (8192, 1000, 256)):
         words, grad = torch.randint(size, (n,)), torch.randn(n, width)
         weight = torch.randn(size, width, requires_grad=True)

@@ -190,18 +190,17 @@ Tensor conv2d_weight_partials(Tensor grad, Tensor x, Tensor weight, std::vector<
               weight.scalar_type() == x.scalar_type(),
           "conv2d_weight_partials: shapes, dtypes or splits do not match");
   Shape s{x.size(1), grad.size(1), groups};
-  double framed = double(x.numel());   // numbers of x and its padding
   for (int i = 0; i < 2; ++i) {
     s.image[i] = x.size(2 + i), s.kernel[i] = weight.size(2 + i), s.pixels[i] = grad.size(2 + i);
     s.stride[i] = stride.at(i), s.padding[i] = padding.at(i), s.dilation[i] = dilation.at(i);
-    framed *= 1 + 2.0 * double(s.padding[i]) / double(std::max<int64_t>(1, s.image[i]));
     const int64_t most = std::max({s.image[i], s.kernel[i], s.pixels[i], s.stride[i], s.padding[i], s.dilation[i]});
     require(most < int64_t{1} << 31 && s.stride[i] > 0 && s.padding[i] >= 0 && s.dilation[i] > 0 &&
                 (s.pixels[i] - 1) * s.stride[i] + (s.kernel[i] - 1) * s.dilation[i] <
                     s.image[i] + 2 * s.padding[i],
             "conv2d_weight_partials: this is no convolution's shape of grad");
   }
-  require(framed < 1e18, "conv2d_weight_partials: the padding is too large");
+  const auto framed = [&s](int i) { return double(s.image[i] + 2 * s.padding[i]); };
+  require(double(s.in) * framed(0) * framed(1) < 1e18, "conv2d_weight_partials: the padding is too large");
   const int64_t G = std::min(splits, x.size(0)), pixels = s.pixels[0] * s.pixels[1];
   const Groups samples(x.size(0), G);
   // On small images a product is faster than the library's convolution, a call of which costs tens of microseconds.

@@ -1077,6 +1077,7 @@ struct IndexAdd {
 
   // A row without terms: a call takes longer than a short one.
   INLINE void copy(int64_t v) const {
+    if (input == out) return;
     typedef char Bytes __attribute__((vector_size(32), aligned(1), may_alias));
     constexpr int64_t kWide = 32 / sizeof(T);
     const T* const in = input + v * r.inner;
@@ -1092,7 +1093,6 @@ struct IndexAdd {
     for (int64_t k = from; k < to; ++k) {
       const int64_t v = s.row(k), first = s.start[k], n = s.start[k + 1] - first;
       if (s.rows) prefetch_row(out + s.row(std::min(k + 8, s.count - 1)) * r.inner);
-      if (s.position && n == 0 && input == out) continue;
       if (s.position && n == 0) copy(v);
       else if (few(n)) s.position ? add_short(v, first, n) : add_few_numbers(v, first, n);
       else if (hot(n)) continue;

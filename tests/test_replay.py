@@ -432,17 +432,25 @@ for opened in (ordered_reduce.record, ordered_reduce.replay):
         ordered_reduce.sum(x, 0, order="arrival")
         child = os.fork()
         ordered_reduce.sum(x, 0, order="arrival")
-        if not child:
-            sys.exit()    # leaves the `with`, as a worker that fails does
-        assert os.waitpid(child, 0) == (child, 0)
+        if child:
+            assert os.waitpid(child, 0) == (child, 0)
+        else:
+            with ordered_reduce.record(sys.argv[2]):   # it may have a tape of its own
+                ordered_reduce.sum(x, 0, order="arrival")
+            if sys.argv[3] == "fails":
+                sys.exit()    # leaves the `with` as a worker that fails does
+    if not child:
+        os._exit(0)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_process_leaves_the_tape_alone(path):
+@pytest.mark.parametrize("child", ["fails", "ends"])
+def test_a_forked_process_leaves_the_tape_alone(path, tmp_path, child):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}   # OpenMP's threads do not survive a fork
-    subprocess.run([sys.executable, "-c", FORKS, str(path)], check=True, timeout=120, env=environment)
-    assert len(sums(path)) == 2
+    subprocess.run([sys.executable, "-c", FORKS, str(path), str(tmp_path / "own"), child], check=True, timeout=120,
+                   env=environment)
+    assert len(sums(path)) == 2 and len(sums(tmp_path / "own")) == 1
 
 
 def test_other_orders_and_sums_outside_are_not_recorded(path):
@@ -495,28 +503,3 @@ def test_an_unknown_dtype_is_refused(path):
     path.write_bytes(gzip.compress(data))
     with pytest.raises(RuntimeError, match="sum 1 has unknown outputs"), ordered_reduce.replay(path):
         arrival(noise(8, 40))
-
-
-CHILD = """
-import os, sys, ordered_reduce, torch
-x = torch.ones(64, 5000)
-for opened in (ordered_reduce.record, ordered_reduce.replay):
-    with opened(sys.argv[1]):
-        ordered_reduce.sum(x, 0, order="arrival")
-        child = os.fork()
-        if child:
-            assert os.waitpid(child, 0) == (child, 0)
-            ordered_reduce.sum(x, 0, order="arrival")
-        else:                        # has a tape of its own, and leaves the parent's without an error
-            with ordered_reduce.record(sys.argv[2]):
-                ordered_reduce.sum(x, 0, order="arrival")
-    if not child:
-        os._exit(0)
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_process_may_have_a_tape_of_its_own(path, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", CHILD, str(path), str(tmp_path / "own")], check=True, timeout=120, env=environment)
-    assert len(sums(path)) == 2 and len(sums(tmp_path / "own")) == 1

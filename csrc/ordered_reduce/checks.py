@@ -258,14 +258,13 @@ class _Then(nn.Module):
 
     def forward(self, then, /, *args, **kwargs):
         with contextlib.ExitStack() as stack:
-            for device, (enabled, dtype) in self.autocast.items():
-                if _autocast()[device] != (enabled, dtype):
-                    stack.enter_context(torch.autocast(device, dtype, enabled))
+            for device, (enabled, dtype) in self.autocast.items() - _autocast_now().items():
+                stack.enter_context(torch.autocast(device, dtype, enabled))
             result = self.module(*args, **kwargs)
         return then(result)
 
 
-def _autocast():
+def _autocast_now():
     """{kind of device: (whether autocast is on there, its dtype)}."""
     return {device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in WITH_AUTOCAST}
 
@@ -411,7 +410,7 @@ def audit(model, input, *, device=None, seed=0, repeats=REPEATS):
 
     def remember(name, module, args, kwargs):   # within a transform of torch.func there are no tensors to keep
         if name not in calls and not torch._C._are_functorch_transforms_active():
-            calls[name] = *each_once(given, (args, kwargs)), _autocast()
+            calls[name] = *each_once(given, (args, kwargs)), _autocast_now()
 
     modules, hooks = dict(model.named_modules()), []
     try:
